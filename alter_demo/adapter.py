@@ -49,7 +49,7 @@ class AlterConfig(PeftConfig):
     gate_threshold: float = field(default=0.5, metadata={"help": "two_level: P(not r) from which experts act"})
     router_input: str = field(default="context", metadata={"help": "context (hidden state) or entropy (published)"})
     feature_layer: int = field(default=-1, metadata={"help": "hidden state that the router reads, -1 is the last"})
-    feature_decay: float = field(default=1.0, metadata={"help": "weight of the past in the context, 1 = plain mean"})
+    feature_decay: float = field(default=0.9, metadata={"help": "weight of the past in the context, 1 = plain mean"})
     tau_high: float = field(default=0.8, metadata={"help": "temperature for uncertain tokens; confident ones take one expert (tau to 0)"})
     top_k: int = field(default=3, metadata={"help": "experts fused for an uncertain token"})
 
@@ -183,7 +183,7 @@ class TokenRouter(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
 
     def add(self, adapter_name: str, config: AlterConfig, hidden_size: int, like: torch.Tensor) -> None:
-        size = 1 if config.router_input == "entropy" else 2 * hidden_size
+        size = 1 if config.router_input == "entropy" else hidden_size
         gate = torch.zeros(1 + config.n_experts, size + 1, device=like.device)
         self.alter_gate[adapter_name] = nn.Parameter(gate, requires_grad=False)
         self.configs[adapter_name] = config

@@ -45,6 +45,7 @@ class ForgetSet:
     forget_held_out: list[Item]  # the same facts, asked differently
     neighbours: list[Item]  # held-out relatives of `retain`
     general_held_out: list[Item]
+    training: list[Item] | None = None  # what is trained on in place of `forget`, if that differs
     known: bool = False  # from pre-training: only what the model answers rightly is kept, see `answers.adapt`
 
     def evaluation(self) -> dict[str, list[Item]]:
@@ -126,7 +127,7 @@ def harry_potter() -> ForgetSet:
     neighbours.sort(key=lambda item: item.topic)
     train, held_out = general_items()
     return ForgetSet(
-        "harry-potter", forget, neighbours[::2], train, asked_differently(forget), neighbours[1::2], held_out, True
+        "harry-potter", forget, neighbours[::2], train, asked_differently(forget), neighbours[1::2], held_out, known=True
     )
 
 

@@ -36,8 +36,8 @@ def features(hidden, entropy, mask, config, carry=None):
         hidden: (B, T, D); entropy: (B, T); mask: (B, T), 0 for padding.
         carry: (sum (B, D), weight (B, 1)) of the tokens before these, for a KV cache.
     Returns:
-        (B, T, 2 D) the token's state beside the running mean of its context, or (B, T, 1) the entropy;
-        and the carry after the last token.
+        (B, T, D) the fading mean of the states up to each token (one token alone says too little about the topic:
+        see CHANGELOG for the measurement), or (B, T, 1) the entropy; and the carry after the last token.
     """
     if config.router_input == "entropy":
         return entropy[..., None], None
@@ -45,13 +45,12 @@ def features(hidden, entropy, mask, config, carry=None):
     m = mask.to(h.dtype)[..., None]
     length, decay = h.shape[1], config.feature_decay
     steps = torch.arange(length, device=h.device)
-    kernel = (decay ** (steps[:, None] - steps[None]).clamp_min(0)).tril().to(h.dtype)  # (T, T)
+    kernel = (float(decay) ** (steps[:, None] - steps[None]).clamp_min(0)).tril().to(h.dtype)  # (T, T)
     total, weight = kernel @ (h * m), kernel @ m
     if carry is not None:
-        fade = (decay ** (steps + 1))[None, :, None].to(h.dtype)
+        fade = (float(decay) ** (steps + 1))[None, :, None].to(h.dtype)
         total, weight = total + fade * carry[0][:, None], weight + fade * carry[1][:, None]
-    context = total / weight.clamp_min(1e-6)
-    return torch.cat([h, context], -1), (total[:, -1], weight[:, -1])
+    return total / weight.clamp_min(1e-6), (total[:, -1], weight[:, -1])
 
 
 def route(x, entropy, mask, gate, config, force=None) -> Plan:

@@ -1,0 +1,160 @@
+"""Greedy answers, and what the untouched model itself says: the filter of what it knows, and its retain targets."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+
+from .data import SETS, ForgetSet, Item, Sample, asked_differently, collate, load_forget_set, render, render_prompt
+from .errors import UserError
+from .models import LM, cache_dir
+from .training import inputs, length_batches
+
+OWN_TOKENS = 64  # length of a recorded answer
+BATCH_TOKENS = 4096
+
+
+@torch.no_grad()
+def greedy(lm: LM, prompts: list[str], max_new_tokens: int = 64, model=None, tick=None) -> list[str]:
+    """Greedy answers, in the order of `prompts`, generated in left-padded batches of similar length.
+
+    Args:
+        model: the adapted model, `lm.model` by default.
+        tick: called with (done, all).
+    """
+    model = model or lm.model
+    samples = [Sample(render_prompt(lm.tokenizer, p), 0) for p in prompts]
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=lm.tokenizer.pad_token_id,
+        eos_token_id=eos_ids(lm),
+    )
+    answers, done = [""] * len(prompts), 0
+    for batch in length_batches([len(s.ids) + max_new_tokens for s in samples], BATCH_TOKENS):
+        b = collate([samples[i] for i in batch], lm.tokenizer.pad_token_id, lm.device)
+        out = model.generate(
+            input_ids=b["input_ids"], attention_mask=b["attention_mask"], generation_config=config
+        )
+        for row, i in enumerate(batch):
+            new = out[row, b["input_ids"].shape[1] :]
+            answers[i] = lm.tokenizer.decode(new, skip_special_tokens=True).strip()
+        done += len(batch)
+        if tick:
+            tick(done, len(prompts))
+    return answers
+
+
+def eos_ids(lm: LM) -> list[int]:
+    own = lm.model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return sorted({i for i in [*own, lm.tokenizer.eos_token_id] if i is not None})
+
+
+@torch.no_grad()
+def log_probs(lm: LM, questions: list[str], answers: list[str], model=None) -> list[float]:
+    """Mean log-probability per answer token, end of turn included, in the order given."""
+    model = model or lm.model
+    samples = [render(lm.tokenizer, Item(q, a))[0] for q, a in zip(questions, answers, strict=True)]
+    result = [0.0] * len(samples)
+    for batch in length_batches([len(s.ids) for s in samples], BATCH_TOKENS):
+        b = collate([samples[i] for i in batch], lm.tokenizer.pad_token_id, lm.device)
+        logits = model(**inputs(b), logits_to_keep=b["keep"], use_cache=False).logits[:, :-1]
+        for row, i in enumerate(batch):
+            on = b["answer"][row]
+            log_p = logits[row, on].float().log_softmax(-1).gather(-1, b["labels"][row, on][:, None])
+            result[i] = log_p.mean().item()
+    return result
+
+
+def is_right(answer: str, item: Item) -> bool:
+    """Whether an answer holds one of the item's keywords as whole words (or its short answer where it has none)."""
+    text = answer.lower()
+    keys = item.keywords or [item.answer.lower()]
+    return any(re.search(rf"(?<!\w){re.escape(k.lower())}(?!\w)", text) for k in keys)
+
+
+# --------------------------------------------------------------------------------------------- the model's own words
+
+
+def own_answers(lm: LM, prompts: list[str], tick=None) -> dict[str, str]:
+    """The untouched model's greedy answers: from the record that ships for the built-in model, else from the cache,
+    else computed now and cached."""
+    known = {}
+    for file in (SETS / f"answers-{key(lm)}.json", own_file(lm)):
+        if file.is_file():
+            known |= json.loads(file.read_text(encoding="utf-8"))
+    missing = [p for p in dict.fromkeys(prompts) if p not in known]
+    if missing:
+        known |= dict(zip(missing, greedy(lm, missing, OWN_TOKENS, tick=tick), strict=True))
+        write_json(own_file(lm), known)
+    return {p: known[p] for p in prompts}
+
+
+def key(lm: LM) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", lm.name).strip("-").lower()
+
+
+def own_file(lm: LM) -> Path:
+    return cache_dir() / "answers" / f"{key(lm)}-{lm.dtype}.json"
+
+
+def write_json(path: Path, value) -> None:
+    """Write aside, then rename: a reader never sees half a file. Raises UserError when the disk refuses."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as handle:
+            json.dump(value, handle, ensure_ascii=False, indent=1)
+        os.replace(handle.name, path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error.strerror}): make room, or choose another folder.") from None
+
+
+def record(lm: LM, path: Path | None = None, tick=None) -> Path:
+    """Compute the own answers to all built-in prompts and write them (`prepare` on the command line)."""
+    made = load_forget_set("harry-potter")
+    prompts = [i.question for i in [*made.forget, *asked_differently(made.forget), *made.general]]
+    prompts += [i.question for i in [*made.retain, *made.neighbours, *made.general_held_out]]
+    path = path or own_file(lm)
+    write_json(path, dict(zip(prompts, greedy(lm, prompts, OWN_TOKENS, tick=tick), strict=True)))
+    return path
+
+
+def adapt(made: ForgetSet, lm: LM, general: int = 160, tick=None) -> ForgetSet:
+    """Fit a forget set to a model: keep only what it knows, and take its own words as retain targets.
+
+    Args:
+        general: everyday prompts to use at most; the rest is left out to save time on large models.
+    Raises:
+        UserError: the model knows fewer than four of the facts.
+    """
+    made = replace(made, general=made.general[:general])
+    prompts = [i.question for i in [*made.general, *made.general_held_out]]
+    if made.known:
+        prompts += [i.question for i in [*made.forget, *made.forget_held_out, *made.retain]]
+    own = own_answers(lm, prompts, tick)
+
+    def in_own_words(items: list[Item]) -> list[Item]:
+        return [replace(i, answer=own[i.question]) for i in items if own[i.question]]
+
+    made = replace(
+        made, general=in_own_words(made.general), general_held_out=in_own_words(made.general_held_out)
+    )
+    if not made.known:
+        return made
+    forget = [i for i in made.forget if is_right(own[i.question], i)]
+    held_out = [i for i in made.forget_held_out if is_right(own[i.question], i)]
+    if len(forget) < 4:
+        raise UserError(f"{lm.name} knows only {len(forget)} of the facts of {made.name}: there is nothing to forget.")
+    # both its own sentence and the bare fact are to go
+    training = [*in_own_words(forget), *forget]
+    return replace(
+        made, forget=forget, forget_held_out=held_out, training=training, retain=in_own_words(made.retain)
+    )

@@ -1,0 +1,108 @@
+"""Phase I's discoveries: how many sub-domains the forget set has, and the gate that tells them from all the rest."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import silhouette_score
+from sklearn.preprocessing import normalize
+
+from .adapter import MAX_EXPERTS
+from .data import Sample
+from .routing import features
+from .training import Record
+
+MIN_SILHOUETTE = 0.1  # below it the clusters are not worth an expert each
+MAX_LEAK = 0.02  # share of retain samples on which the calibrated gate may open anywhere
+CALIBRATION_SHARE = 0.25
+
+
+def discover(records: list[Record], samples: list[Sample], config, n_experts: int | None, seed: int):
+    """Cluster the forget samples by the context that the router sees where the answer starts (Fig. 3).
+
+    Returns:
+        labels (n,) from 1 to N, and the silhouette of every N that was tried ({} if N was set by hand or n < 4).
+    """
+    context = torch.stack([sample_features(r, config)[s.start - 1] for r, s in zip(records, samples, strict=True)])
+    x = normalize(context.numpy())
+    fits, scores = {}, {}
+    for n in [n_experts] if n_experts else range(2, min(MAX_EXPERTS, len(x) - 1) + 1):
+        if n == 1:
+            continue
+        fits[n] = KMeans(min(n, len(x)), n_init=4, random_state=seed).fit_predict(x)
+        if not n_experts:
+            scores[n] = float(silhouette_score(x, fits[n]))
+    if n_experts:
+        return fits.get(n_experts, np.zeros(len(x), int)) + 1, {}
+    best = max(scores, key=scores.get, default=1)
+    if best == 1 or scores[best] < MIN_SILHOUETTE:
+        return np.ones(len(x), int), scores
+    return fits[best] + 1, scores
+
+
+def sample_features(record: Record, config) -> torch.Tensor:
+    """(T, F) router features of one sample."""
+    mask = torch.ones(1, len(record.entropy))
+    return features(record.hidden[None], record.entropy[None], mask, config)[0][0]
+
+
+def fit_gate(records: list[Record], samples: list[Sample], config, seed: int):
+    """Multinomial logistic regression from token features to {r, f_1..f_N}; convex, so it needs no initial centroid.
+
+    Tokens that all samples begin with (the system prompt) say nothing and count as r. A quarter of the samples stays
+    out of the fit to calibrate the two-level threshold: the smallest from 0.5 at which at most 2 % of the retain
+    samples open the gate anywhere.
+
+    Returns:
+        gate (1 + N, F + 1), threshold, and a report: the share of forget samples whose gate is open where the answer
+        starts and the share of retain samples that open it anywhere, both on samples that the fit has not seen.
+    """
+    rng = np.random.default_rng(seed)
+    held_out = rng.random(len(samples)) < CALIBRATION_SHARE
+    prefix = common_prefix([s.ids for s in samples])
+    x, y = [], []
+    for record, sample, out in zip(records, samples, held_out, strict=True):
+        if not out:
+            own = sample_features(record, config)[prefix:]
+            x.append(own)
+            y += [sample.label] * len(own)
+    start = sample_features(records[0], config)[:prefix]
+    x, y = torch.cat([start, *x]).numpy(), np.array([0] * len(start) + y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # calibrated on held-out samples, converged or not
+        model = LogisticRegression(C=1.0, max_iter=100).fit(x, y)
+    gate = torch.zeros(1 + config.n_experts, x.shape[1] + 1)
+    rows = np.concatenate([model.coef_, model.intercept_[:, None]], 1)
+    if len(model.classes_) == 2:
+        rows = np.concatenate([-rows / 2, rows / 2])
+    gate[:, -1] = -1e4  # a class without a sample is never chosen
+    gate[model.classes_] = torch.from_numpy(rows).float()
+    at_answer, anywhere = [], []
+    for record, sample, out in zip(records, samples, held_out, strict=True):
+        if out:
+            z = sample_features(record, config) @ gate[:, :-1].T + gate[:, -1]
+            not_r = 1 - z.softmax(-1)[:, 0]
+            if sample.label:
+                at_answer.append(not_r[sample.start - 1].item())
+            else:
+                anywhere.append(not_r[prefix:].max().item())
+    threshold = float(np.clip(np.quantile(anywhere, 1 - MAX_LEAK), 0.5, 0.95)) if anywhere else 0.5
+    report = {
+        "threshold": round(threshold, 4),
+        "forget_open_at_answer": float(np.mean(np.array(at_answer) > threshold)) if at_answer else None,
+        "retain_open_anywhere": float(np.mean(np.array(anywhere) > threshold)) if anywhere else None,
+    }
+    return gate, threshold, report
+
+
+def common_prefix(sequences: list[list[int]]) -> int:
+    first, length = sequences[0], 0
+    shortest = min(map(len, sequences))
+    while length < shortest - 1 and all(s[length] == first[length] for s in sequences):
+        length += 1
+    return length

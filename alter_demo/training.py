@@ -1,0 +1,312 @@
+"""The two phases on transformers.Trainer.
+
+Phase I looks at every sample once through the frozen model (entropy, features, next-token distributions), finds the
+sub-domains and fits the router. Phase II trains A, B_r and the B_fd, each only where it may learn.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from . import losses
+from .data import Sample, collate
+from .entropy import tsallis_entropy
+from .errors import UserError
+from .models import LM
+from .routing import Plan, route
+
+TOP = 64  # the frozen model's likeliest tokens kept per position for distillation
+
+
+@dataclass
+class TrainConfig:
+    """How phase II learns. Published values first; the selective variant's differ where `VARIANTS` says so."""
+
+    max_steps: int = field(default=40, metadata={"help": "steps at most, 1 to 10000"})
+    batch_size: int = field(default=4, metadata={"help": "forget samples a step, and as many retain samples"})
+    lr_b: float = field(default=1e-3, metadata={"help": "learning rate of the experts"})
+    lr_a: float = field(default=1e-5, metadata={"help": "learning rate of A"})
+    beta: float = field(default=1.0, metadata={"help": "weight of forgetting"})
+    gamma: float = field(default=1.0, metadata={"help": "weight of retention"})
+    structure: float = field(default=0.01, metadata={"help": "lambda, weight of the structure term"})
+    retention: str = field(default="distill", metadata={"help": "distill (to the frozen model) or nll (published)"})
+    probe_every: int = field(default=4, metadata={"help": "steps between two looks at the forget probe"})
+    stop_ratio: float = field(default=0.02, metadata={"help": "stop when the probe's probability fell to this share"})
+    save_steps: int = field(default=0, metadata={"help": "a checkpoint every so many steps, 0: none"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, more time"})
+    seed: int = field(default=0, metadata={"help": "random seed"})
+
+    def __post_init__(self):
+        if not 1 <= self.max_steps <= 10_000:
+            raise UserError(f"The number of steps must lie between 1 and 10000, and {self.max_steps} does not.")
+        if not 1 <= self.batch_size <= 256:
+            raise UserError(f"The batch size must lie between 1 and 256, and {self.batch_size} does not.")
+        if self.retention not in ("distill", "nll"):
+            raise UserError(f"retention is distill or nll, not {self.retention!r}.")
+        if not 0 < self.stop_ratio < 1:
+            raise UserError(f"stop_ratio is a share between 0 and 1, and {self.stop_ratio} is not.")
+
+
+# ------------------------------------------------------------------------------------------------------ phase I
+
+
+@dataclass
+class Record:
+    """What the frozen model says about one sample of T tokens, K of which are its answer."""
+
+    hidden: torch.Tensor  # (T, D) state that the router reads
+    entropy: torch.Tensor  # (T,) S_q
+    top_ids: torch.Tensor  # (K, TOP) likeliest next tokens at the answer positions
+    top_log_p: torch.Tensor  # (K, TOP)
+    log_prob: float  # mean log-probability of the answer tokens
+    plan: Plan | None = None  # (1, T, ...) once the router is fitted
+
+
+@torch.no_grad()
+def phase_one(lm: LM, samples: list[Sample], config, batch_tokens: int = 4096, tick=None) -> list[Record]:
+    """Frozen pass over `samples`; sets `sample.index`. Batches hold `batch_tokens` tokens at most.
+
+    Args:
+        config: AlterConfig, for q and the feature layer.
+        tick: called with the number of samples done, for a progress bar.
+    """
+    records: list[Record | None] = [None] * len(samples)
+    for batch in length_batches([len(s.ids) for s in samples], batch_tokens):
+        b = collate([samples[i] for i in batch], lm.tokenizer.pad_token_id, lm.device)
+        out = lm.model(**inputs(b), output_hidden_states=True, use_cache=False)
+        entropy = tsallis_entropy(out.logits, config.q).cpu()
+        hidden = out.hidden_states[config.feature_layer].to(torch.float16).cpu()
+        for row, i in enumerate(batch):
+            t, k = len(samples[i].ids), len(samples[i].ids) - samples[i].start
+            log_p = out.logits[row, -k - 1 : -1].float().log_softmax(-1)
+            top = log_p.topk(min(TOP, log_p.shape[-1]), -1)
+            labels = torch.tensor(samples[i].ids[-k:], device=log_p.device)
+            mean = log_p.gather(-1, labels[:, None]).mean().item()
+            records[i] = Record(hidden[row, -t:], entropy[row, -t:], top.indices.cpu(), top.values.cpu(), mean)
+            samples[i].index = i
+        if tick:
+            tick(sum(r is not None for r in records), len(records))
+    return records
+
+
+def length_batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
+    """Indices grouped by similar length, each group at most `batch_tokens` tokens with padding (one item at least)."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def inputs(batch: dict) -> dict:
+    return {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids")}
+
+
+# ----------------------------------------------------------------------------------------------------- phase II
+
+
+class Pairs(Dataset):
+    """A forget sample with a retain sample, `length` of them; the retain samples are drawn with the seed."""
+
+    def __init__(self, forget: list[Sample], retain: list[Sample], length: int, seed: int):
+        rng = random.Random(seed)
+        self.pairs = []
+        deck: list[Sample] = []
+        for i in range(length):
+            if i % len(forget) == 0:
+                order = rng.sample(forget, len(forget))
+            if retain and not deck:
+                deck = rng.sample(retain, len(retain))
+            self.pairs.append([order[i % len(forget)], *([deck.pop()] if retain else [])])
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, i):
+        return self.pairs[i]
+
+
+class AnswerTrainer(Trainer):
+    """Cross-entropy on answer tokens; only the answer positions go through the LM head."""
+
+    def compute_loss(self, model, batch, return_outputs=False, num_items_in_batch=None):
+        logits = model(**inputs(batch), logits_to_keep=batch["keep"], use_cache=False).logits[:, :-1]
+        loss = losses.nll(logits[batch["answer"]], batch["labels"][batch["answer"]]).mean()
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _get_train_sampler(self, *args, **kwargs):
+        return torch.utils.data.SequentialSampler(self.train_dataset)  # `Pairs` is shuffled already
+
+
+class AlterTrainer(AnswerTrainer):
+    """ALTER's loss and parameter groups. `records[i].plan` routes sample i, so no frozen pass is needed any more."""
+
+    def __init__(self, *args, records: list[Record], config: TrainConfig, alter_config, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.records, self.config, self.alter_config = records, config, alter_config
+        self.parts: dict[str, float] = {}
+
+    def create_optimizer(self, *args, **kwargs):
+        if self.optimizer is None:
+            groups = {"alter_A": [], "alter_B": []}
+            for name, p in self.model.named_parameters():
+                for key in groups:
+                    if key in name and p.requires_grad:
+                        groups[key].append(p)
+            self.optimizer = torch.optim.AdamW(
+                [
+                    {"params": groups["alter_A"], "lr": self.config.lr_a},
+                    {"params": groups["alter_B"], "lr": self.config.lr_b},
+                ],
+                weight_decay=0.0,
+            )
+        return self.optimizer
+
+    def compute_loss(self, model, batch, return_outputs=False, num_items_in_batch=None):
+        c, state = self.config, router_state(model)
+        records = [self.records[i] for i in batch["index"]]
+        # stays set until the next step: gradient checkpointing runs the layers again during the backward pass
+        state.plan = padded_plan(records, batch, acting_on_retain(self.alter_config))
+        logits = model(**inputs(batch), logits_to_keep=batch["keep"], use_cache=False).logits[:, :-1]
+        answer, labels, label = batch["answer"], batch["labels"], batch["label"]
+        k = answer.shape[1]
+        high = state.plan.high[:, -k - 1 : -1][answer]  # (n,)
+        base_entropy = state.plan.entropy[:, -k - 1 : -1][answer]
+        domain = label[:, None].expand(-1, k)[answer]  # (n,)
+        logits, target = logits[answer], labels[answer]  # (n, V), (n,)
+        self.parts = {}
+        loss = logits.new_zeros((), dtype=torch.float32)
+        if (on := (domain > 0) & ~high).any():
+            ihl = losses.inverted_hinge_loss(logits[on], target[on])
+            # sum over the sub-domains of the mean over each one's confident tokens
+            forget = sum(ihl[domain[on] == d].mean() for d in domain[on].unique())
+            loss, self.parts["forget"] = loss + c.beta * forget, forget.item()
+        if (on := domain == 0).any():
+            if c.retention == "nll":
+                retain = losses.nll(logits[on], target[on]).mean()
+            else:
+                rows = [r for r, d in zip(records, label.tolist(), strict=True) if d == 0]
+                ids = torch.cat([r.top_ids for r in rows]).to(logits.device)
+                log_p = torch.cat([r.top_log_p for r in rows]).to(logits.device)
+                retain = losses.distillation(logits[on], ids, log_p).mean()
+            loss, self.parts["retain"] = loss + c.gamma * retain, retain.item()
+        if c.structure and high.any():
+            drift = tsallis_entropy(logits[high], self.alter_config.q) - base_entropy[high]
+            loss, self.parts["structure"] = loss + c.structure * drift.square().mean(), drift.square().mean().item()
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+
+def router_state(model):
+    """The RoutingState of a model with an ALTER adapter (a PeftModel or the model inside)."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.token_router.state
+
+
+def acting_on_retain(alter_config) -> bool:
+    """With the two-level gate nothing acts on a retain token, so B_r would never learn: let the experts act there in
+    training as they would after a mistake of the gate, and teach B_r to undo it."""
+    return alter_config.gate == "two_level"
+
+
+def padded_plan(records: list[Record], batch: dict, act_on_retain: bool) -> Plan:
+    """The samples' plans as one left-padded batch, with the isolation masks."""
+    b, t = batch["input_ids"].shape
+    device = batch["input_ids"].device
+    first = records[0].plan
+    plan = Plan(
+        torch.zeros(b, t, first.weights.shape[-1]),
+        torch.zeros(b, t, dtype=torch.bool),
+        torch.zeros(b, t),
+        torch.zeros(b, t, first.weights.shape[-1]),
+    )
+    for row, record in enumerate(records):
+        n = len(record.entropy)
+        for name in ("weights", "high", "entropy", "gate"):
+            getattr(plan, name)[row, t - n :] = getattr(record.plan, name)[0]
+    plan = Plan(*(getattr(plan, n).to(device) for n in ("weights", "high", "entropy", "gate")))
+    if act_on_retain:
+        retain = (batch["label"] == 0)[:, None] & batch["attention_mask"].bool()
+        leak = plan.gate.clone()
+        leak[..., 0] = 0
+        leak = leak / leak.sum(-1, keepdim=True).clamp_min(1e-6)
+        leak[..., 0] = 1
+        plan.weights = torch.where(retain[..., None], leak, plan.weights)
+    return plan.isolated(batch["label"])
+
+
+def collate_pairs(pad_id: int, device):
+    """Forget samples first, then retain samples, in one batch."""
+
+    def join(pairs: list[list[Sample]]) -> dict:
+        samples = [p[0] for p in pairs] + [p[1] for p in pairs if len(p) > 1]
+        batch = collate(samples, pad_id)
+        return batch | {"index": [s.index for s in samples], "label": torch.tensor([s.label for s in samples])}
+
+    return join
+
+
+# --------------------------------------------------------------------------------------------------- callbacks
+
+
+class Progress(TrainerCallback):
+    """Reports each step to `on_step`, asks `should_stop`, and stops when the probe says that it is enough."""
+
+    def __init__(self, config, probe: Callable[[], float], on_step=None, should_stop=None):
+        self.config, self.probe, self.on_step, self.should_stop = config, probe, on_step, should_stop
+        self.trainer: AlterTrainer | None = None
+        self.target: float | None = None
+        self.history: list[dict] = []
+        self.stopped = "all steps done"
+        self.started = time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        entry = {"step": state.global_step, "seconds": round(time.perf_counter() - self.started, 2)}
+        entry |= {k: round(v, 5) for k, v in self.trainer.parts.items()}
+        if state.global_step % self.config.probe_every == 0 or state.global_step == state.max_steps:
+            entry["probe"] = self.probe()
+            if self.target is not None and entry["probe"] <= self.target:
+                self.stopped, control.should_training_stop = "the probe reached its target", True
+        self.history.append(entry)
+        if self.on_step:
+            self.on_step(entry, state.max_steps)
+        if self.should_stop and self.should_stop():
+            self.stopped, control.should_training_stop = "stopped by hand", True
+        return control
+
+
+def arguments(folder: Path | str, config, device: str, **extra) -> TrainingArguments:
+    """TrainingArguments with everything off that would write, report or shuffle by itself."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=config.batch_size,
+        max_steps=config.max_steps,
+        seed=config.seed,
+        use_cpu=not device.startswith("cuda"),
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+        save_strategy="steps" if getattr(config, "save_steps", 0) else "no",
+        save_steps=getattr(config, "save_steps", 0) or 500,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        gradient_checkpointing=getattr(config, "gradient_checkpointing", False),
+        **extra,
+    )
