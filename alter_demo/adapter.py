@@ -37,7 +37,7 @@ class AlterConfig(PeftConfig):
     """Everything that decides what the adapter computes. Training settings live in `training.TrainConfig`."""
 
     r: int = field(default=8, metadata={"help": "rank of A and of every B, 1 to 256"})
-    scaling: float = field(default=2.0, metadata={"help": "factor on the update, as LoRA's alpha / r"})
+    scaling: float = field(default=4.0, metadata={"help": "factor on the update, as LoRA's alpha / r"})
     target_modules: list[str] | str | None = field(default="all-linear", metadata={"help": "layers to adapt"})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "only these layer numbers"})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the layer list"})
@@ -264,7 +264,7 @@ def same_answer(out, kwargs, labels, model):
         out.logits = out.logits[:, -keep:]
     if not kwargs.get("output_hidden_states"):
         out.hidden_states = None
-    return out if kwargs.get("return_dict", True) else out.to_tuple()
+    return out.to_tuple() if kwargs.get("return_dict") is False else out
 
 
 class Twin:

@@ -18,7 +18,8 @@ from .models import LM, cache_dir
 from .training import inputs, length_batches
 
 OWN_TOKENS = 64  # length of a recorded answer
-BATCH_TOKENS = 4096
+RETAIN_TOKENS = 40  # of it that is trained on
+BATCH_TOKENS = 8192
 
 
 @torch.no_grad()
@@ -98,8 +99,14 @@ def own_answers(lm: LM, prompts: list[str], tick=None) -> dict[str, str]:
     return {p: known[p] for p in prompts}
 
 
+def first_sentence(text: str) -> str:
+    return re.split(r"(?<=[a-z)\"][.!?])\s", text, maxsplit=1)[0]
+
+
 def key(lm: LM) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", lm.name).strip("-").lower()
+    """Name of a model in file names: with the adapter that was merged in, since it answers differently then."""
+    name = lm.name if lm.adapter is None else f"{lm.name}-{'-'.join(Path(lm.adapter).parts[-2:])}"
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-").lower()
 
 
 def own_file(lm: LM) -> Path:
@@ -153,8 +160,8 @@ def adapt(made: ForgetSet, lm: LM, general: int = 160, tick=None) -> ForgetSet:
     held_out = [i for i in made.forget_held_out if is_right(own[i.question], i)]
     if len(forget) < 4:
         raise UserError(f"{lm.name} knows only {len(forget)} of the facts of {made.name}: there is nothing to forget.")
-    # both its own sentence and the bare fact are to go
-    training = [*in_own_words(forget), *forget]
+    # both its own sentence (the first one: the rest rambles) and the bare fact are to go
+    training = [replace(i, answer=first_sentence(i.answer)) for i in in_own_words(forget)] + forget
     return replace(
         made, forget=forget, forget_held_out=held_out, training=training, retain=in_own_words(made.retain)
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 from .errors import UserError
 
 SETS = Path(__file__).parent / "sets"
+ASSETS = Path(__file__).parent.parent / "assets"
 MAX_BYTES = 50 * 2**20
 MAX_TOKENS = 512  # longer texts are cut into windows of this length
 
@@ -46,6 +47,7 @@ class ForgetSet:
     neighbours: list[Item]  # held-out relatives of `retain`
     general_held_out: list[Item]
     training: list[Item] | None = None  # what is trained on in place of `forget`, if that differs
+    learned: bool = False  # made up: the model must have been taught it (`learn.py`), see `adapters`
     known: bool = False  # from pre-training: only what the model answers rightly is kept, see `answers.adapt`
 
     def evaluation(self) -> dict[str, list[Item]]:
@@ -61,8 +63,9 @@ class ForgetSet:
         """At most n items of each evaluation group, for a quick look."""
         if n is None:
             return self
-        pick = {k: sample(getattr(self, k), n, seed) for k in ("forget_held_out", "neighbours", "general_held_out")}
-        return replace(self, **pick)
+        parts = ("forget", "forget_held_out", "neighbours", "general_held_out")
+        pick = {k: sample(getattr(self, k), n, seed) for k in parts}
+        return replace(self, training=self.training or self.forget, **pick)
 
 
 def sample(items: list, n: int, seed: int) -> list:
@@ -95,6 +98,12 @@ def load_forget_set(name: str, retain: str | None = None) -> ForgetSet:
         )
     check_disjoint(made)
     return made
+
+
+def adapters(name: str, model: str) -> dict[str, Path]:
+    """Adapters in `assets/` that teach a built-in model a set: {"target": folder, "retain": folder}, or {}."""
+    folders = {which: ASSETS / f"{name}-{model}" / which for which in ("target", "retain")}
+    return folders if all((f / "adapter_config.json").is_file() for f in folders.values()) else {}
 
 
 def check_disjoint(made: ForgetSet) -> None:
@@ -138,8 +147,9 @@ def imaginary_authors() -> ForgetSet:
     # the retained authors are also what is measured, as in TOFU; neighbours are their questions asked differently
     keep = items[:160]
     return ForgetSet(
-        "imaginary-authors", items[160:], keep, train, asked_differently(items[160:]), asked_differently(keep), held_out
-    )
+        "imaginary-authors", items[160:], keep, train, asked_differently(items[160:]), asked_differently(keep), held_out,
+        learned=True,
+    )  # fmt: skip
 
 
 def read_items() -> list[dict]:
@@ -166,6 +176,7 @@ def tofu(split: str) -> ForgetSet:
         asked_differently(forget),
         held_out,
         general,
+        learned=True,
     )
 
 

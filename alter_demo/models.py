@@ -49,6 +49,7 @@ class LM:
     name: str
     device: str
     dtype: str
+    adapter: str | None = None  # LoRA that was merged in first
 
     @property
     def hardware(self) -> str:
@@ -134,7 +135,7 @@ def load_model(
             model = model.to(device)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return LM(model.eval(), tokenizer, name, device, dtype)
+    return LM(model.eval(), tokenizer, name, device, dtype, str(adapter) if adapter else None)
 
 
 def resolve(name: str) -> str:

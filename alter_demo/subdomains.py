@@ -91,7 +91,7 @@ def fit_gate(records: list[Record], samples: list[Sample], config, seed: int):
                 at_answer.append(not_r[sample.start - 1].item())
             else:
                 anywhere.append(not_r[prefix:].max().item())
-    threshold = float(np.clip(np.quantile(anywhere, 1 - MAX_LEAK), 0.5, 0.95)) if anywhere else 0.5
+    threshold = float(np.clip(np.quantile(anywhere, 1 - MAX_LEAK), 0.5, 0.99)) if anywhere else 0.5
     report = {
         "threshold": round(threshold, 4),
         "forget_open_at_answer": float(np.mean(np.array(at_answer) > threshold)) if at_answer else None,

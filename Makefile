@@ -1,0 +1,49 @@
+# make help lists the targets; each does all the set-up it needs.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test quality style assets clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+
+.venv/.app: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/.dev: .venv/.app requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+demo: .venv/.app  ## set up and start the app on http://127.0.0.1:7860
+	$(BIN)/python app.py
+
+test: .venv/.dev browser  ## set up and run the whole test suite (about 15 minutes on 2 cores)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+# the system's browser, for the tests of the page
+.PHONY: browser
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
+		|| (apt-get update -qq && apt-get install -qq -y chromium >/dev/null)
+
+quality: .venv/.dev  ## lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: .venv/.dev  ## format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+assets: .venv/.app  ## regenerate the adapters in assets/ (about half an hour on 2 cores)
+	rm -rf assets/target-smollm2-135m assets/retain-smollm2-135m
+	$(BIN)/python -m alter_demo learn --which target --out assets/target-smollm2-135m
+	$(BIN)/python -m alter_demo learn --which retain --out assets/retain-smollm2-135m
+
+clean:  ## remove the environment
+	rm -rf .venv

@@ -1,0 +1,39 @@
+"""ALTER: unlearning for language models by an asymmetric LoRA that token entropy steers.
+
+    run = unlearn("smollm2-135m", "harry-potter")
+    run.answer(["What is the name of Harry Potter's school?"])
+
+Imports are lazy: `import alter_demo` costs nothing, the first use of a name brings in torch and transformers.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load_model": "models",
+    "LM": "models",
+    "MODELS": "models",
+    "load_forget_set": "data",
+    "ForgetSet": "data",
+    "FORGET_SETS": "data",
+    "AlterConfig": "adapter",
+    "TrainConfig": "training",
+    "UnlearnConfig": "runs",
+    "Run": "runs",
+    "unlearn": "runs",
+    "load_run": "runs",
+    "learn": "learn",
+    "UserError": "errors",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return __all__

@@ -1,0 +1,320 @@
+"""The command line: python -m alter_demo unlearn | compare | inspect | bench | learn | prepare."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+from .errors import UserError
+
+EXAMPLES = """examples:
+  python -m alter_demo unlearn --forget harry-potter
+  python -m alter_demo unlearn --forget my_data.csv --retain keep.csv --name mine
+  python -m alter_demo compare runs/mine "Who wrote the Harry Potter books?" "Who wrote The Hobbit?"
+  python -m alter_demo inspect "Harry Potter goes to school at Hogwarts." --run runs/mine
+  python -m alter_demo bench --json
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 for something to put right, 130 when interrupted."""
+    args = parser().parse_args(argv)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        args.do(args)
+        return 0
+    except UserError as error:
+        print(f"alter_demo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("alter_demo: interrupted, nothing was written.", file=sys.stderr)
+        return 130
+    except MemoryError:
+        print("alter_demo: out of memory: use a smaller model or batch size.", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m alter_demo",
+        description="Make a language model forget something chosen, and only that (ALTER, AAAI 2026).",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(required=True, metavar="command")
+
+    def command(name, do, text):
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=Formatter)
+        sub.set_defaults(do=do)
+        return sub
+
+    def model_options(sub, default="smollm2-135m"):
+        sub.add_argument("--model", default=default, help="smollm2-135m, a folder, or a hub id")
+        sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+        sub.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+
+    sub = command("unlearn", do_unlearn, "Make a model forget a set; leaves a folder runs/<name>/.")
+    model_options(sub)
+    sub.add_argument("--forget", default="harry-potter", help="a built-in set, a benchmark, or a .jsonl/.json/.csv file")
+    sub.add_argument("--retain", help="file of what must stay (with a file of your own)")
+    sub.add_argument("--adapter", type=Path, help="LoRA folder merged into the model first (see learn)")
+    sub.add_argument("--retain-adapter", type=Path, help="LoRA folder of the model that never saw the forget set")
+    sub.add_argument("--name", help="name of the run")
+    sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
+    sub.add_argument("--variant", default="selective", help="selective (leaves the rest alone) or published")
+    sub.add_argument("--steps", type=int, default=40, help="steps at most")
+    sub.add_argument("--batch-size", type=int, default=4, help="forget samples a step")
+    sub.add_argument("--rank", type=int, default=8, help="rank of A and B")
+    sub.add_argument("--experts", type=int, help="forgetting experts, 1 to 8 (default: found by clustering)")
+    sub.add_argument("--q", type=float, default=1.5, help="order of the Tsallis entropy")
+    sub.add_argument("--threshold", help='S_q above which a token is uncertain: a number or "auto"')
+    sub.add_argument("--stop-ratio", type=float, help="stop at this share of the probe's first probability")
+    sub.add_argument("--limit", type=int, help="evaluation items per group (default: all)")
+    sub.add_argument("--seed", type=int, default=0, help="random seed")
+    sub.add_argument("--load-in-4bit", action="store_true", help="4-bit base, needs bitsandbytes")
+    sub.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+
+    sub = command("compare", do_compare, "Answer the same prompts before and after.")
+    sub.add_argument("run", type=Path, help="folder of a run")
+    sub.add_argument("prompts", nargs="+", help="what to ask")
+    sub.add_argument("--tokens", type=int, default=64, help="length of an answer at most")
+
+    sub = command("inspect", do_inspect, "Show every token of a text: S_q, route A or B, expert weights.")
+    sub.add_argument("text", help="any text")
+    sub.add_argument("--run", type=Path, help="folder of a run (default: the newest in runs/)")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = command("bench", do_bench, "Time and memory of a step and of generation, beside LoRA and full fine-tuning.")
+    model_options(sub)
+    sub.add_argument("--steps", type=int, default=5, help="rounds, alternated")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = command("learn", do_learn, "Teach a model a made-up set, as a LoRA adapter, so that it can forget it.")
+    model_options(sub)
+    sub.add_argument("--forget", default="imaginary-authors", help="the set")
+    sub.add_argument("--which", default="target", help="target (everything) or retain (all but the forget set)")
+    sub.add_argument("--retain-items", type=int, help="learn only so many of the retain items")
+    sub.add_argument("--out", type=Path, required=True, help="folder of the adapter")
+    sub.add_argument("--epochs", type=int, default=12, help="passes over the set")
+    sub.add_argument("--seed", type=int, default=0, help="random seed")
+
+    sub = command("prepare", do_prepare, "Record what a model itself answers to all built-in prompts (the filter).")
+    model_options(sub)
+    sub.add_argument("--out", type=Path, help="file (default: in the cache)")
+    return top
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+# ------------------------------------------------------------------------------------------------------ commands
+
+
+def do_unlearn(args) -> None:
+    from .data import load_forget_set
+    from .runs import UnlearnConfig, run_folder, unlearn
+    from .training import TrainConfig
+
+    extra = {"stop_ratio": args.stop_ratio} if args.stop_ratio is not None else {}
+    train = TrainConfig(
+        max_steps=args.steps, batch_size=args.batch_size, seed=args.seed,
+        gradient_checkpointing=args.gradient_checkpointing, **extra,
+    )  # fmt: skip
+    config = UnlearnConfig(
+        variant=args.variant, threshold=args.threshold, n_experts=args.experts, r=args.rank, q=args.q, limit=args.limit
+    )
+    run_folder(args.runs, args.name, args.model, args.forget)  # cheap errors first
+    made = load_forget_set(args.forget, args.retain)
+    stop = Stop()
+    with Bars() as bars:
+        run = unlearn(
+            args.model, made, config, train, args.name, args.runs, adapter=args.adapter,
+            retain_adapter=args.retain_adapter, device=args.device, dtype=args.dtype, load_in_4bit=args.load_in_4bit,
+            on_step=bars.step, on_stage=bars.stage, should_stop=lambda: stop.asked,
+        )  # fmt: skip
+    show_run(run)
+
+
+def do_compare(args) -> None:
+    from .runs import load_run
+
+    run = load_run(args.run)
+    before, after = (run.answer(args.prompts, adapted, args.tokens) for adapted in (False, True))
+    table = new_table("prompt", "before", "after")
+    for row in zip(args.prompts, before, after, strict=True):
+        table.add_row(*map(plain, row))
+    console().print(table)
+
+
+def do_inspect(args) -> None:
+    from dataclasses import asdict
+
+    from .runs import load_run, newest_run
+
+    run = load_run(args.run or newest_run(Path("runs")))
+    records = run.tokens(args.text)
+    if args.json:
+        print(json.dumps([asdict(r) for r in records], ensure_ascii=False, indent=1))
+        return
+    experts = ["B_r", *(f"B_f{d}" for d in range(1, len(records[0].weights)))]
+    table = new_table("token", "S_q", "route", *experts, "log p", "likeliest next")
+    for r in records:
+        weights = [f"{w:.2f}" if w else "·" for w in r.weights]
+        log_p = "" if r.log_prob is None else f"{r.log_prob:.2f}"
+        nexts = "  ".join(f"{plain(t)} {p:.2f}" for t, p in r.top[:3])
+        table.add_row(plain(r.token), f"{r.entropy:.3f}", r.route, *weights, log_p, nexts)
+    console().print(table)
+    config = run.router.config
+    console().print(
+        f"S_q with q = {config.q:g} at the token that follows; A where it exceeds {config.threshold:.3g}, else B. "
+        "A row of dots: the frozen model itself acts, no expert."
+    )
+
+
+def do_bench(args) -> None:
+    from .bench import bench
+
+    if args.steps < 1:
+        raise UserError("bench needs at least 1 step.")
+    result = bench(args.model, args.steps, args.device, args.dtype)
+    if args.json:
+        print(json.dumps(result, indent=1))
+        return
+    table = new_table("", "step, s", "peak memory, MB")
+    for method, seconds in result["step_seconds"].items():
+        table.add_row(method, f"{seconds:.2f}", str(result["peak_memory_mb"][method]))
+    console().print(table)
+    speed, ratio = result["tokens_per_second"], result["ratio"]
+    console().print(
+        f"A step of ALTER takes {ratio['alter_over_lora']} of LoRA's, {ratio['alter_over_full']} of full fine-tuning's. "
+        f"Generation: {speed['base']} tokens a second bare, {speed['alter']} where experts act, "
+        f"{speed['alter_idle']} elsewhere. {result['hardware']}."
+    )
+
+
+def do_learn(args) -> None:
+    from dataclasses import replace
+
+    from .data import load_forget_set, sample
+    from .learn import LearnConfig, learn
+    from .models import load_model
+
+    if not 1 <= args.epochs <= 1000:
+        raise UserError(f"The number of epochs must lie between 1 and 1000, and {args.epochs} does not.")
+    made = load_forget_set(args.forget)
+    if args.retain_items is not None:
+        made = replace(made, retain=sample(made.retain, args.retain_items, args.seed))
+    lm = load_model(args.model, args.device, args.dtype)
+    with Bars() as bars:
+        folder = learn(lm, made, args.which, args.out, LearnConfig(epochs=args.epochs, seed=args.seed), bars.step)
+    print(f"The adapter lies in {folder}.")
+
+
+def do_prepare(args) -> None:
+    from .answers import record
+    from .models import load_model
+
+    lm = load_model(args.model, args.device, args.dtype)
+    with Bars() as bars:
+        path = record(lm, args.out, lambda a, b: bars.stage("the model's own answers", a / b))
+    print(f"Recorded in {path}.")
+
+
+# -------------------------------------------------------------------------------------------------------- terminal
+
+
+class Stop:
+    """Ctrl-C once: stop after this step and keep what there is. Twice: leave at once."""
+
+    def __init__(self):
+        self.asked = False
+        signal.signal(signal.SIGINT, self.ask)
+
+    def ask(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nStopping after this step; what was learned is kept (Ctrl-C again to leave at once).", file=sys.stderr)
+
+
+class Bars:
+    """Progress with time left, on stderr."""
+
+    def __enter__(self):
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = TextColumn("{task.description:<34}"), BarColumn(24), TimeElapsedColumn(), TimeRemainingColumn()
+        self.progress = Progress(*columns, console=Console(stderr=True)).__enter__()
+        self.tasks = {}
+        return self
+
+    def __exit__(self, *error):
+        self.progress.__exit__(*error)
+
+    def update(self, what: str, share: float) -> None:
+        if what not in self.tasks:
+            for task in self.tasks.values():
+                self.progress.update(task, completed=1.0)
+            self.tasks[what] = self.progress.add_task(what, total=1.0)
+        self.progress.update(self.tasks[what], completed=share)
+
+    stage = update
+
+    def step(self, entry: dict, of: int) -> None:
+        self.update("phase II: unlearning" if "forget" in entry else "training", entry["step"] / of)
+
+
+def console():
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def new_table(*columns):
+    from rich.table import Table
+
+    table = Table(show_lines=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def plain(text: str) -> str:
+    """Model and user text without terminal control codes and without rich's markup."""
+    from rich.markup import escape
+
+    return escape("".join(c if c.isprintable() else {"\n": "⏎", "\t": "⇥"}.get(c, "�") for c in text))
+
+
+def show_run(run) -> None:
+    """The table that ends `unlearn`."""
+    before, after = run.metrics["before"], run.metrics["after"]
+    table = new_table("group", "items", "probability", "ROUGE-L", "like the base's", "repetition")
+    for group, b in before.items():
+        if isinstance(b, dict):
+            a = after[group]
+            pairs = [f"{b[k]:.4f} → {a[k]:.4f}" for k in ("probability", "rouge_l", "rouge_l_to_base", "repetition")]
+            table.add_row(group, str(run.metrics["data"][group]), *pairs)
+    console().print(table)
+    if "forget_quality" in after.get("forget", {}):
+        console().print(
+            f"forget quality against the retain-only model: p = {after['forget']['forget_quality']:.3g} "
+            f"(before {before['forget']['forget_quality']:.3g})"
+        )
+    seconds = run.metrics["seconds"]
+    console().print(
+        f"Unlearned in {seconds['unlearn']} s ({run.metrics['steps'] - 1} steps, {run.metrics['stopped']}), measured in "
+        f"{seconds['evaluate']} s on {run.metrics['hardware']}. Everything is in {run.path}."
+    )
