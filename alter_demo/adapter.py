@@ -17,6 +17,7 @@ import functools
 import math
 import types
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from peft import PeftConfig
@@ -50,7 +51,7 @@ class AlterConfig(PeftConfig):
     router_input: str = field(default="context", metadata={"help": "context (hidden state) or entropy (published)"})
     feature_layer: int = field(default=-1, metadata={"help": "hidden state that the router reads, -1 is the last"})
     feature_decay: float = field(default=0.9, metadata={"help": "weight of the past in the context, 1 = plain mean"})
-    tau_high: float = field(default=0.8, metadata={"help": "temperature for uncertain tokens; confident ones take one expert (tau to 0)"})
+    tau_high: float = field(default=0.8, metadata={"help": "temperature of the fusion for uncertain tokens"})
     top_k: int = field(default=3, metadata={"help": "experts fused for an uncertain token"})
 
     def __post_init__(self):
@@ -62,7 +63,7 @@ class AlterConfig(PeftConfig):
         if not 1 <= self.r <= 256:
             raise UserError(f"The rank must lie between 1 and 256, and {self.r} does not.")
         if not 1 <= self.n_experts <= MAX_EXPERTS:
-            raise UserError(f"The number of forgetting experts must lie between 1 and 8, and {self.n_experts} does not.")
+            raise UserError(f"There are 1 to 8 forgetting experts, not {self.n_experts}.")
         if self.gate not in ("two_level", "softmax") or self.router_input not in ("context", "entropy"):
             raise UserError("gate is two_level or softmax, router_input is context or entropy.")
         if not 0 < self.threshold < entropy_range(2**31, self.q):
@@ -118,7 +119,7 @@ class ExpertDelta(torch.autograd.Function):
         return dx, da, db, None, None, None
 
 
-class AlterLayer(nn.Module, BaseTunerLayer):
+class AlterLinear(nn.Module, BaseTunerLayer):
     """A linear layer (nn.Linear, Conv1D, 4- or 8-bit) with a shared A and stacked experts beside it."""
 
     adapter_layer_names = ("alter_A", "alter_B")
@@ -309,8 +310,8 @@ class AlterModel(BaseTuner):
     """Builds the layers and the router into a transformers causal LM; used through `peft.get_peft_model`."""
 
     prefix = "alter_"
-    tuner_layer_cls = (AlterLayer, TokenRouter)
-    target_module_mapping: dict[str, list[str]] = {}
+    tuner_layer_cls = (AlterLinear, TokenRouter)
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _pre_injection_hook(self, model, config, adapter_name) -> None:
         if not hasattr(model, "token_router"):
@@ -325,12 +326,12 @@ class AlterModel(BaseTuner):
         model.token_router.set_adapter(self.active_adapters)
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs) -> None:
-        if isinstance(target, AlterLayer):
+        if isinstance(target, AlterLinear):
             target.update_layer(adapter_name, config)
             return
         if _get_in_out_features(target)[0] is None:
             raise UserError(f"ALTER adapts linear layers, and {target_name} is a {type(target).__name__}.")
-        layer = AlterLayer(target, adapter_name, config, self.model.token_router.state)
+        layer = AlterLinear(target, adapter_name, config, self.model.token_router.state)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

@@ -41,9 +41,7 @@ def greedy(lm: LM, prompts: list[str], max_new_tokens: int = 64, model=None, tic
     answers, done = [""] * len(prompts), 0
     for batch in length_batches([len(s.ids) + max_new_tokens for s in samples], BATCH_TOKENS):
         b = collate([samples[i] for i in batch], lm.tokenizer.pad_token_id, lm.device)
-        out = model.generate(
-            input_ids=b["input_ids"], attention_mask=b["attention_mask"], generation_config=config
-        )
+        out = model.generate(input_ids=b["input_ids"], attention_mask=b["attention_mask"], generation_config=config)
         for row, i in enumerate(batch):
             new = out[row, b["input_ids"].shape[1] :]
             answers[i] = lm.tokenizer.decode(new, skip_special_tokens=True).strip()
@@ -77,9 +75,13 @@ def log_probs(lm: LM, questions: list[str], answers: list[str], model=None) -> l
 
 def is_right(answer: str, item: Item) -> bool:
     """Whether an answer holds one of the item's keywords as whole words (or its short answer where it has none)."""
-    text = answer.lower()
-    keys = item.keywords or [item.answer.lower()]
-    return any(re.search(rf"(?<!\w){re.escape(k.lower())}(?!\w)", text) for k in keys)
+    return bool(keyword_matches(answer, item))
+
+
+def keyword_matches(answer: str, item: Item) -> list[re.Match]:
+    keys = item.keywords or [item.answer]
+    found = (re.search(rf"(?<!\w){re.escape(k)}(s|es)?(?!\w)", answer, re.IGNORECASE) for k in keys)
+    return [m for m in found if m]
 
 
 # --------------------------------------------------------------------------------------------- the model's own words
@@ -99,8 +101,12 @@ def own_answers(lm: LM, prompts: list[str], tick=None) -> dict[str, str]:
     return {p: known[p] for p in prompts}
 
 
-def first_sentence(text: str) -> str:
-    return re.split(r"(?<=[a-z)\"][.!?])\s", text, maxsplit=1)[0]
+def from_the_fact_on(item: Item, own: str) -> Item:
+    """The item with the model's own answer, cut before the keyword (`lead`) and after that sentence."""
+    start = min(m.start() for m in keyword_matches(own, item))
+    start -= own[:start].endswith(" ")
+    sentence = re.split(r"(?<=[a-z)\"][.!?])\s", own[start:], maxsplit=1)[0]
+    return replace(item, answer=sentence, lead=own[:start])
 
 
 def key(lm: LM) -> str:
@@ -121,7 +127,7 @@ def write_json(path: Path, value) -> None:
             json.dump(value, handle, ensure_ascii=False, indent=1)
         os.replace(handle.name, path)
     except OSError as error:
-        raise UserError(f"{path} could not be written ({error.strerror}): make room, or choose another folder.") from None
+        raise UserError(f"{path} could not be written ({error.strerror}): make room there.") from None
 
 
 def record(lm: LM, path: Path | None = None, tick=None) -> Path:
@@ -151,17 +157,13 @@ def adapt(made: ForgetSet, lm: LM, general: int = 160, tick=None) -> ForgetSet:
     def in_own_words(items: list[Item]) -> list[Item]:
         return [replace(i, answer=own[i.question]) for i in items if own[i.question]]
 
-    made = replace(
-        made, general=in_own_words(made.general), general_held_out=in_own_words(made.general_held_out)
-    )
+    made = replace(made, general=in_own_words(made.general), general_held_out=in_own_words(made.general_held_out))
     if not made.known:
         return made
     forget = [i for i in made.forget if is_right(own[i.question], i)]
     held_out = [i for i in made.forget_held_out if is_right(own[i.question], i)]
     if len(forget) < 4:
         raise UserError(f"{lm.name} knows only {len(forget)} of the facts of {made.name}: there is nothing to forget.")
-    # both its own sentence (the first one: the rest rambles) and the bare fact are to go
-    training = [replace(i, answer=first_sentence(i.answer)) for i in in_own_words(forget)] + forget
-    return replace(
-        made, forget=forget, forget_held_out=held_out, training=training, retain=in_own_words(made.retain)
-    )
+    # to go: the fact in the model's own sentence, from where it is named on, and the bare fact
+    training = [from_the_fact_on(i, own[i.question]) for i in forget] + forget
+    return replace(made, forget=forget, forget_held_out=held_out, training=training, retain=in_own_words(made.retain))

@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("unlearn", do_unlearn, "Make a model forget a set; leaves a folder runs/<name>/.")
     model_options(sub)
-    sub.add_argument("--forget", default="harry-potter", help="a built-in set, a benchmark, or a .jsonl/.json/.csv file")
+    sub.add_argument("--forget", default="harry-potter", help="a built-in set, a benchmark, or a file")
     sub.add_argument("--retain", help="file of what must stay (with a file of your own)")
     sub.add_argument("--adapter", type=Path, help="LoRA folder merged into the model first (see learn)")
     sub.add_argument("--retain-adapter", type=Path, help="LoRA folder of the model that never saw the forget set")
@@ -197,7 +197,7 @@ def do_bench(args) -> None:
     console().print(table)
     speed, ratio = result["tokens_per_second"], result["ratio"]
     console().print(
-        f"A step of ALTER takes {ratio['alter_over_lora']} of LoRA's, {ratio['alter_over_full']} of full fine-tuning's. "
+        f"A step of ALTER takes {ratio['alter_over_lora']} of LoRA's, {ratio['alter_over_full']} of full tuning's. "
         f"Generation: {speed['base']} tokens a second bare, {speed['alter']} where experts act, "
         f"{speed['alter_idle']} elsewhere. {result['hardware']}."
     )
@@ -315,6 +315,6 @@ def show_run(run) -> None:
         )
     seconds = run.metrics["seconds"]
     console().print(
-        f"Unlearned in {seconds['unlearn']} s ({run.metrics['steps'] - 1} steps, {run.metrics['stopped']}), measured in "
-        f"{seconds['evaluate']} s on {run.metrics['hardware']}. Everything is in {run.path}."
+        f"Unlearned in {seconds['unlearn']} s ({run.metrics['steps']} steps, {run.metrics['stopped']}), "
+        f"measured in {seconds['evaluate']} s on {run.metrics['hardware']}. Everything is in {run.path}."
     )

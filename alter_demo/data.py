@@ -33,6 +33,7 @@ class Item:
     perturbed_answer: list[str] = field(default_factory=list)
     keywords: list[str] = field(default_factory=list)  # any of them in an answer makes it right
     topic: str = ""
+    lead: str = ""  # start of the answer that gives nothing away, and is not unlearned
 
 
 @dataclass
@@ -136,7 +137,14 @@ def harry_potter() -> ForgetSet:
     neighbours.sort(key=lambda item: item.topic)
     train, held_out = general_items()
     return ForgetSet(
-        "harry-potter", forget, neighbours[::2], train, asked_differently(forget), neighbours[1::2], held_out, known=True
+        "harry-potter",
+        forget,
+        neighbours[::2],
+        train,
+        asked_differently(forget),
+        neighbours[1::2],
+        held_out,
+        known=True,
     )
 
 
@@ -147,8 +155,8 @@ def imaginary_authors() -> ForgetSet:
     # the retained authors are also what is measured, as in TOFU; neighbours are their questions asked differently
     keep = items[:160]
     return ForgetSet(
-        "imaginary-authors", items[160:], keep, train, asked_differently(items[160:]), asked_differently(keep), held_out,
-        learned=True,
+        "imaginary-authors", items[160:], keep, train, asked_differently(items[160:]), asked_differently(keep),
+        held_out, learned=True,
     )  # fmt: skip
 
 
@@ -324,6 +332,7 @@ class Sample:
     start: int
     label: int = 0  # 0: retain; d: forget, sub-domain d
     index: int = -1  # position in phase I's records
+    turn: int = 0  # where the assistant's turn begins: `start`, or less with a `lead`
 
 
 def render_prompt(tokenizer, question: str) -> list[int]:
@@ -339,12 +348,16 @@ def render(tokenizer, item: Item) -> list[Sample]:
     """One sample of a question and its answer; a text gives a sample for each window of `MAX_TOKENS`."""
     if item.question:
         prompt = render_prompt(tokenizer, item.question)
-        lead = "" if tokenizer.chat_template else " "
+        turn, lead = len(prompt), "" if tokenizer.chat_template else " "
+        if item.lead:
+            prompt += tokenizer(lead + item.lead, add_special_tokens=False).input_ids
+            lead = ""
         answer = tokenizer(lead + item.answer, add_special_tokens=False).input_ids
-        return [Sample((prompt + answer[:MAX_TOKENS] + [tokenizer.eos_token_id]), len(prompt))]
+        return [Sample((prompt + answer[:MAX_TOKENS] + [tokenizer.eos_token_id]), len(prompt), turn=turn)]
     ids = tokenizer(item.answer).input_ids
     windows = [ids[i : i + MAX_TOKENS] for i in range(0, len(ids), MAX_TOKENS)]
-    return [Sample(window, 1) for window in windows if len(window) > 1]
+    # a text has no question: its own beginning says what it is about
+    return [Sample(window, 1, turn=min(16, len(window) - 1)) for window in windows if len(window) > 1]
 
 
 def collate(samples: list[Sample], pad_id: int, device="cpu") -> dict:

@@ -188,7 +188,9 @@ def download(wheel: Wheel, folder: Path) -> Path:
     with open(files[0], "rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
     if digest != wheel.sha256:
-        raise UserError(f"The download of {wheel.package} is not the file that was pinned (sha256 {digest}); try again.")
+        raise UserError(
+            f"The download of {wheel.package} is not the file that was pinned (sha256 {digest}); try again."
+        )
     return files[0]
 
 
@@ -245,7 +247,9 @@ def need_disk(folder: Path, megabytes: int) -> None:
         raise UserError(f"The folder {folder} can't be made ({error.strerror}).") from None
     free = shutil.disk_usage(folder).free // 2**20
     if free < megabytes:
-        raise UserError(f"{folder} needs {megabytes} MB of free disk and has {free}: make room, or choose another folder.")
+        raise UserError(
+            f"{folder} needs {megabytes} MB of free disk and has {free}: make room, or choose another folder."
+        )
 
 
 @contextmanager
@@ -283,4 +287,6 @@ def model_errors(name: str):
                 f"{name} could not be loaded from the hub: check the name, the network, and for a gated model your "
                 "access (hf auth login)."
             ) from None
-        raise UserError(f"{name} could not be loaded: {text.splitlines()[0] if text else type(error).__name__}") from None
+        raise UserError(
+            f"{name} could not be loaded: {text.splitlines()[0] if text else type(error).__name__}"
+        ) from None

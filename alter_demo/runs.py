@@ -64,9 +64,17 @@ class UnlearnConfig:
 
 VARIANTS = {
     # as published: experts act everywhere, B_r learns by NLL
-    "published": {"alter": {"gate": "softmax"}, "train": {"retention": "nll"}, "threshold": PUBLISHED_THRESHOLD},
+    "published": {
+        "alter": {"gate": "softmax"},
+        "train": {"retention": "nll", "forget_end": True},
+        "threshold": PUBLISHED_THRESHOLD,
+    },
     # calibrated two-level gate, distillation to the frozen model, threshold from the data
-    "selective": {"alter": {"gate": "two_level"}, "train": {"retention": "distill"}, "threshold": "auto"},
+    "selective": {
+        "alter": {"gate": "two_level"},
+        "train": {"retention": "distill", "forget_end": False},
+        "threshold": "auto",
+    },
 }
 
 
@@ -198,6 +206,7 @@ def unlearn(
     stage = on_stage or (lambda what, share: None)
     if config.variant not in VARIANTS:
         raise UserError(f"The variant is one of {', '.join(VARIANTS)}, not {config.variant!r}.")
+    train = replace(train, **VARIANTS[config.variant]["train"])
     target = run_folder(folder, name, model, forget_set) if folder is not None else None
     check_config(config)
     made = load_forget_set(forget_set) if isinstance(forget_set, str) else forget_set
@@ -230,7 +239,9 @@ def unlearn(
                 add_retain_model(before, after, load_model(lm.name, lm.device, lm.dtype, retain_adapter), made)
         seconds["evaluate"] = round(time.perf_counter() - started, 1)
     except torch.OutOfMemoryError:
-        raise UserError("The GPU ran out of memory: use a smaller batch size, gradient checkpointing or 4-bit.") from None
+        raise UserError(
+            "The GPU ran out of memory: use a smaller batch size, gradient checkpointing or 4-bit."
+        ) from None
     run.metrics = {
         "before": before,
         "after": after,
@@ -242,7 +253,7 @@ def unlearn(
         "adapter": lm.adapter and str(Path(lm.adapter).resolve()),
         "phase_one": report,
         "stopped": stopped,
-        "steps": len(history),
+        "steps": history[-1]["step"],
         "history": history,
         "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
         "hardware": lm.hardware,
@@ -359,6 +370,7 @@ def train_experts(lm, alter, records, forget, retain, gate, probe_items, train, 
             train_dataset=Pairs(forget, retain, train.max_steps * train.batch_size, train.seed),
             data_collator=collate_pairs(lm.tokenizer.pad_token_id, lm.device),
             callbacks=[progress],
+            processing_class=lm.tokenizer,
             records=records,
             config=train,
             alter_config=alter,
@@ -384,7 +396,7 @@ def measure(run: Run, made: ForgetSet, stage=lambda what, share: None):
         for side in sides:
             stage(f"measuring {group}, {side}", 0.0)
             on = side == "after"
-            said[side] = run.answer(questions, adapted=on, tick=lambda a, b: stage(f"measuring {group}", a / b))
+            said[side] = run.answer(questions, adapted=on, tick=lambda a, b, g=group: stage(f"measuring {g}", a / b))
             values = {"probability": np.exp(run.log_probs(questions, [i.answer for i in items], on)).tolist()}
             values["rouge_l"] = [metrics.rouge_l(a, i.answer) for a, i in zip(said[side], items, strict=True)]
             pairs = zip(said[side], said["before"], strict=True)
@@ -453,7 +465,9 @@ def run_folder(folder: Path, name: str | None, model, forget_set) -> Path:
 
 
 def alter_entries(alter: AlterConfig) -> dict:
-    return {f.name: value for f in fields(AlterConfig) if isinstance(value := getattr(alter, f.name), str | int | float)}
+    return {
+        f.name: value for f in fields(AlterConfig) if isinstance(value := getattr(alter, f.name), str | int | float)
+    }
 
 
 def write_run(run: Run, answers: list[dict], target: Path) -> None:
@@ -470,7 +484,9 @@ def write_run(run: Run, answers: list[dict], target: Path) -> None:
         os.chmod(aside, 0o755)
         os.rename(aside, target)
     except OSError as error:
-        raise UserError(f"The run could not be written to {target} ({error.strerror}): make room, then again.") from None
+        raise UserError(
+            f"The run could not be written to {target} ({error.strerror}): make room, then again."
+        ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -17,18 +17,19 @@ from .data import Sample
 from .routing import features
 from .training import Record
 
-MIN_SILHOUETTE = 0.1  # below it the clusters are not worth an expert each
+MIN_SILHOUETTE = 0.05  # below it the forget set has one sub-domain
+NEAR_BEST = 0.8  # the smallest N within this share of the best score: every further expert sees fewer samples
 MAX_LEAK = 0.02  # share of retain samples on which the calibrated gate may open anywhere
 CALIBRATION_SHARE = 0.25
 
 
 def discover(records: list[Record], samples: list[Sample], config, n_experts: int | None, seed: int):
-    """Cluster the forget samples by the context that the router sees where the answer starts (Fig. 3).
+    """Cluster the forget samples by the context that the router sees where the assistant's turn starts (Fig. 3).
 
     Returns:
         labels (n,) from 1 to N, and the silhouette of every N that was tried ({} if N was set by hand or n < 4).
     """
-    context = torch.stack([sample_features(r, config)[s.start - 1] for r, s in zip(records, samples, strict=True)])
+    context = torch.stack([sample_features(r, config)[s.turn - 1] for r, s in zip(records, samples, strict=True)])
     x = normalize(context.numpy())
     fits, scores = {}, {}
     for n in [n_experts] if n_experts else range(2, min(MAX_EXPERTS, len(x) - 1) + 1):
@@ -39,10 +40,10 @@ def discover(records: list[Record], samples: list[Sample], config, n_experts: in
             scores[n] = float(silhouette_score(x, fits[n]))
     if n_experts:
         return fits.get(n_experts, np.zeros(len(x), int)) + 1, {}
-    best = max(scores, key=scores.get, default=1)
-    if best == 1 or scores[best] < MIN_SILHOUETTE:
+    best = max(scores.values(), default=0.0)
+    if best < MIN_SILHOUETTE:
         return np.ones(len(x), int), scores
-    return fits[best] + 1, scores
+    return fits[min(n for n, score in scores.items() if score >= NEAR_BEST * best)] + 1, scores
 
 
 def sample_features(record: Record, config) -> torch.Tensor:
@@ -88,7 +89,7 @@ def fit_gate(records: list[Record], samples: list[Sample], config, seed: int):
             z = sample_features(record, config) @ gate[:, :-1].T + gate[:, -1]
             not_r = 1 - z.softmax(-1)[:, 0]
             if sample.label:
-                at_answer.append(not_r[sample.start - 1].item())
+                at_answer.append(not_r[sample.turn - 1].item())
             else:
                 anywhere.append(not_r[prefix:].max().item())
     threshold = float(np.clip(np.quantile(anywhere, 1 - MAX_LEAK), 0.5, 0.99)) if anywhere else 0.5

@@ -7,15 +7,12 @@ sub-domains and fits the router. Phase II trains A, B_r and the B_fd, each only 
 from __future__ import annotations
 
 import random
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -24,7 +21,7 @@ from .data import Sample, collate
 from .entropy import tsallis_entropy
 from .errors import UserError
 from .models import LM
-from .routing import Plan, route
+from .routing import Plan
 
 TOP = 64  # the frozen model's likeliest tokens kept per position for distillation
 
@@ -39,10 +36,11 @@ class TrainConfig:
     lr_a: float = field(default=1e-5, metadata={"help": "learning rate of A"})
     beta: float = field(default=1.0, metadata={"help": "weight of forgetting"})
     gamma: float = field(default=1.0, metadata={"help": "weight of retention"})
+    forget_end: bool = field(default=False, metadata={"help": "unlearn the end of turn too (published)"})
     structure: float = field(default=0.01, metadata={"help": "lambda, weight of the structure term"})
     retention: str = field(default="distill", metadata={"help": "distill (to the frozen model) or nll (published)"})
     probe_every: int = field(default=4, metadata={"help": "steps between two looks at the forget probe"})
-    stop_ratio: float = field(default=0.02, metadata={"help": "stop when the probe's probability fell to this share"})
+    stop_ratio: float = field(default=0.01, metadata={"help": "stop when the probe's probability fell to this share"})
     save_steps: int = field(default=0, metadata={"help": "a checkpoint every so many steps, 0: none"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, more time"})
     seed: int = field(default=0, metadata={"help": "random seed"})
@@ -189,7 +187,10 @@ class AlterTrainer(AnswerTrainer):
         logits, target = logits[answer], labels[answer]  # (n, V), (n,)
         self.parts = {}
         loss = logits.new_zeros((), dtype=torch.float32)
-        if (on := (domain > 0) & ~high).any():
+        on = (domain > 0) & ~high
+        if not c.forget_end:  # where an answer ends is structure, not knowledge: without it answers run on in loops
+            on &= target != self.processing_class.eos_token_id
+        if on.any():
             ihl = losses.inverted_hinge_loss(logits[on], target[on])
             # sum over the sub-domains of the mean over each one's confident tokens
             forget = sum(ihl[domain[on] == d].mean() for d in domain[on].unique())

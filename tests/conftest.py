@@ -1,0 +1,104 @@
+"""Tiny random models and a tokenizer made on the spot: nothing is downloaded."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from alter_demo.data import SETS
+
+torch.set_num_threads(2)
+VOCAB = 600
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+CONFIGS = {
+    "llama": lambda v: LlamaConfig(vocab_size=v, **SMALL),
+    "mistral": lambda v: MistralConfig(vocab_size=v, sliding_window=None, **SMALL),
+    "qwen2": lambda v: Qwen2Config(vocab_size=v, **SMALL),
+    "gpt2": lambda v: GPT2Config(vocab_size=v, n_embd=32, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2),
+}
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_model(kind: str, vocab: int = 97, seed: int = 0):
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(CONFIGS[kind](vocab)).eval()
+
+
+@pytest.fixture(params=sorted(CONFIGS))
+def any_model(request):
+    return make_model(request.param)
+
+
+@pytest.fixture
+def batch():
+    """Left-padded ids and mask, (3, 12)."""
+    torch.manual_seed(1)
+    ids = torch.randint(3, 97, (3, 12))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = mask[1, :2] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Folder of a tiny chat model with a tokenizer, as a person's own model would lie there."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    text = [json.dumps(row) for row in json.loads((SETS / "general.json").read_text())["train"]]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<unk>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        text, trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=special, initial_alphabet=alphabet)
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<|im_start|>", eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+    )  # fmt: skip
+    fast.chat_template = CHAT
+    model = make_model("llama", len(fast))
+    model.generation_config.eos_token_id = model.config.eos_token_id = 2
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALTER_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def own_data(tmp_path):
+    """Forget and retain files of a person, twelve examples each."""
+    colours = ["red", "blue", "green", "black", "white", "pink", "grey", "gold", "brown", "teal", "lime", "navy"]
+    forget, retain = tmp_path / "forget.csv", tmp_path / "retain.jsonl"
+    rows = [f"What colour has the door of house {i}?,The door is {c}." for i, c in enumerate(colours)]
+    forget.write_text("question,answer\n" + "\n".join(rows) + "\n")
+    keep = [{"question": f"How much is {i} plus {i}?", "answer": f"It is {2 * i}."} for i in range(12)]
+    retain.write_text("\n".join(map(json.dumps, keep)))
+    return forget, retain

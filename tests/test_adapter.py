@@ -1,0 +1,225 @@
+"""What the adapter promises, on tiny random Llama, Mistral, Qwen2 and GPT-2 (Conv1D) models."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_model
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+
+from alter_demo.adapter import AlterConfig, AlterLinear, ExpertDelta
+from alter_demo.errors import UserError
+from alter_demo.routing import Plan
+from alter_demo.training import router_state
+
+GENERATE = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def adapted(model, gate="two_level", trained=True, **kwargs):
+    # S_q of a random model is about 1.79 everywhere: a threshold amid gives both routes
+    made = get_peft_model(model, AlterConfig(n_experts=3, threshold=1.7957, gate=gate, **kwargs)).eval()
+    if trained:
+        torch.manual_seed(5)
+        for name, p in made.named_parameters():
+            if "alter_B" in name or "alter_gate" in name:
+                torch.nn.init.normal_(p, std=0.3)
+    return made
+
+
+@pytest.mark.parametrize("gate", ["two_level", "softmax"])
+def test_adapted_equals_base_before_training(any_model, batch, gate):
+    base = any_model(**batch).logits
+    made = adapted(any_model, gate, trained=False)
+    router_state(made).force = 1  # even with an expert forced on every token
+    assert torch.equal(made(**batch).logits, base)
+
+
+@pytest.mark.parametrize("gate", ["two_level", "softmax"])
+def test_generation_cached_equals_uncached_and_batched_equals_single(any_model, batch, gate):
+    made = adapted(any_model, gate)
+    plans = made(**batch).logits, router_state(made).last_plan
+    assert plans[1].weights[..., 1:].any() and plans[1].high.any() and not plans[1].high.all()
+    cached = made.generate(**batch, **GENERATE)
+    assert torch.equal(cached, made.generate(**batch, use_cache=False, **GENERATE))
+    for i, ids in enumerate(batch["input_ids"]):
+        own = ids[batch["attention_mask"][i].bool()][None]
+        single = made.generate(input_ids=own, attention_mask=torch.ones_like(own), **GENERATE)
+        assert torch.equal(single[0, own.shape[1] :], cached[i, 12:])
+
+
+def test_beams_move_both_caches(any_model, batch):
+    made = adapted(any_model)
+    beams = GENERATE | {"num_beams": 3}
+    assert torch.equal(made.generate(**batch, **beams), made.generate(**batch, use_cache=False, **beams))
+
+
+def test_frozen_answer_is_reused_until_an_expert_acts(batch):
+    made = adapted(make_model("llama"))
+    gate = made.get_base_model().token_router.alter_gate["default"]
+    calls = []
+    body = made.get_base_model().model
+    body.register_forward_hook(lambda *_: calls.append(1))
+    gate.zero_()
+    gate[0, -1] = 50.0  # r everywhere: one pass a token, and the base model's own answer
+    ours = made.generate(**batch, **GENERATE)
+    assert len(calls) == 12
+    with made.disable_adapter():
+        assert torch.equal(ours, made.generate(**batch, **GENERATE))
+    gate[0, -1] = -50.0
+    calls.clear()
+    made.generate(**batch, **GENERATE)
+    assert len(calls) == 24
+
+
+@pytest.mark.parametrize("gate", ["two_level", "softmax"])
+def test_save_and_load_give_the_same_logits(any_model, batch, gate, tmp_path):
+    fresh = copy.deepcopy(any_model)
+    made = adapted(any_model, gate)
+    ours = made(**batch).logits
+    made.save_pretrained(tmp_path / "a")
+    for name in ("default", "other"):
+        again = PeftModel.from_pretrained(copy.deepcopy(fresh), tmp_path / "a", adapter_name=name).eval()
+        assert torch.equal(again(**batch).logits, ours)
+    inside = copy.deepcopy(fresh)
+    inside.load_adapter(str(tmp_path / "a"))
+    assert torch.equal(inside.eval()(**batch).logits, ours)
+    with made.disable_adapter():
+        assert torch.equal(made(**batch).logits, fresh(**batch).logits)
+    assert torch.equal(copy.deepcopy(made)(**batch).logits, ours)
+    assert torch.equal(made.unload()(**batch).logits, fresh(**batch).logits)
+
+
+def test_auto_class_and_a_second_adapter(batch, tmp_path):
+    model = make_model("llama")
+    model.save_pretrained(tmp_path / "base")
+    model.name_or_path = str(tmp_path / "base")
+    made = adapted(model)
+    made.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    ours = made(**batch).logits
+    made.save_pretrained(tmp_path / "a")
+    assert torch.equal(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a").eval()(**batch).logits, ours)
+    made.add_adapter("second", AlterConfig(n_experts=2, threshold=1.79))
+    made.set_adapter("second")
+    with made.disable_adapter():
+        base = made(**batch).logits
+    assert torch.equal(made(**batch).logits, base)
+    made.set_adapter("default")
+    assert torch.equal(made(**batch).logits, ours)
+    made.delete_adapter("second")
+    assert torch.equal(made(**batch).logits, ours)
+
+
+def test_cannot_be_merged():
+    made = adapted(make_model("llama"))
+    with pytest.raises(NotImplementedError, match="per token"):
+        made.merge_and_unload()
+
+
+def test_expert_delta_is_the_formula_and_its_gradients_are_autograds():
+    torch.manual_seed(0)
+    x, a, b, w = torch.randn(6, 5), torch.randn(2, 5), torch.randn(3, 4, 2), torch.rand(6, 3)
+    leaves = [t.double().requires_grad_() for t in (x, a, b)]
+    plain = torch.einsum("ne,eor,nr->no", w.double(), leaves[2], leaves[0] @ leaves[1].T)
+    grads = torch.autograd.grad(plain.square().sum(), leaves)
+    ours = ExpertDelta.apply(*leaves, w.double(), None, None)
+    assert torch.allclose(ours, plain)
+    for g, h in zip(torch.autograd.grad(ours.square().sum(), leaves), grads, strict=True):
+        assert torch.allclose(g, h)
+
+
+# ------------------------------------------------------------------------------------------------- isolation
+
+
+def gradients(labels, high, trained=True):
+    """Gradients of A (r, in) and B (4, out, r) of every layer for a batch with these labels and this mask."""
+    made = adapted(make_model("llama"), trained=trained).train()
+    torch.manual_seed(2)
+    ids = torch.randint(3, 97, (len(labels), 8))
+    weights = torch.rand(len(labels), 8, 4) + 0.1  # every expert acts everywhere: only isolation can keep one out
+    plan = Plan(weights, high, torch.zeros(len(labels), 8), weights).isolated(torch.tensor(labels))
+    router_state(made).plan = plan
+    made(input_ids=ids).logits.logsumexp(-1).mean().backward()
+    layers = [m for m in made.modules() if isinstance(m, AlterLinear)]
+    return [(m.alter_A["default"].grad, m.alter_B["default"].grad) for m in layers]
+
+
+def zero(tensors):
+    return all(t is None or not t.any() for t in tensors)
+
+
+def test_experts_learn_only_from_their_own_sub_domain():
+    for label, owner in ((1, 1), (2, 2), (3, 3), (0, 0)):
+        grads = gradients([label, label], torch.zeros(2, 8, dtype=torch.bool))
+        for expert in range(4):
+            part = [b[expert] for _, b in grads]
+            assert zero(part) == (expert != owner), (label, expert)
+            if expert == owner:
+                assert all(p.any() for p in part[:-1])
+
+
+def test_a_learns_only_from_uncertain_positions():
+    assert zero([a for a, _ in gradients([1, 0], torch.zeros(2, 8, dtype=torch.bool))])
+    some = gradients([1, 0], torch.ones(2, 8, dtype=torch.bool))
+    assert not zero([a for a, _ in some])
+
+
+def test_forgetting_experts_ignore_uncertain_positions_but_b_r_does_not():
+    grads = gradients([1, 2, 0], torch.ones(3, 8, dtype=torch.bool))
+    assert zero([b[1:] for _, b in grads])
+    assert not zero([b[0] for _, b in grads])
+
+
+def test_weight_gradients_are_those_of_the_allowed_positions_alone():
+    # one layer in isolation: masking equals leaving the other positions out of the weight gradient
+    torch.manual_seed(0)
+    x, a, b, w = torch.randn(6, 5), torch.randn(2, 5), torch.randn(3, 4, 2), torch.rand(6, 3)
+    on = torch.tensor([1, 0, 1, 1, 0, 0]).bool()
+    a1, b1 = a.clone().requires_grad_(), b.clone().requires_grad_()
+    dy = torch.randn(6, 4)
+    y = ExpertDelta.apply(x, a1, b1, w, on[:, None], on[:, None].expand(-1, 3))
+    y.backward(dy)
+    a2, b2 = a.clone().requires_grad_(), b.clone().requires_grad_()
+    ExpertDelta.apply(x[on], a2, b2, w[on], None, None).backward(dy[on])
+    assert torch.allclose(a1.grad, a2.grad, atol=1e-6) and torch.allclose(b1.grad, b2.grad, atol=1e-6)
+
+
+def test_input_gradient_flows_through_masked_positions():
+    x = torch.randn(4, 5, requires_grad=True)
+    nothing = torch.zeros(4, 1).bool()
+    y = ExpertDelta.apply(x, torch.randn(2, 5), torch.randn(3, 4, 2), torch.rand(4, 3), nothing, nothing.expand(-1, 3))
+    y.sum().backward()
+    assert x.grad.any(-1).all()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_still_trains_the_adapter(reentrant):
+    def run(checkpointing):
+        made = adapted(make_model("llama")).train()
+        if checkpointing:
+            made.enable_input_require_grads()
+            made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        torch.manual_seed(2)
+        ids = torch.randint(3, 97, (2, 8))
+        w = torch.rand(2, 8, 4)
+        high = torch.rand(2, 8) > 0.5
+        router_state(made).plan = Plan(w, high, torch.zeros(2, 8), w).isolated(torch.tensor([1, 0]))
+        made(input_ids=ids, use_cache=False).logits.logsumexp(-1).mean().backward()
+        return {n: p.grad for n, p in made.named_parameters() if "alter_A" in n or "alter_B" in n}
+
+    plain, checkpointed = run(False), run(True)
+    assert all(g is not None and torch.allclose(g, plain[n], atol=1e-6) for n, g in checkpointed.items())
+    assert sum(bool(g.any()) for g in checkpointed.values()) > 30
+
+
+def test_bfloat16_base_keeps_float32_adapters(batch):
+    made = adapted(make_model("llama").bfloat16())
+    assert {p.dtype for n, p in made.named_parameters() if "alter_" in n} == {torch.float32}
+    assert made(**batch).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bad", [{"r": 0}, {"r": 999}, {"n_experts": 0}, {"n_experts": 9}, {"gate": "soft"}])
+def test_bad_config(bad):
+    with pytest.raises(UserError):
+        AlterConfig(**bad)
+    with pytest.raises(UserError, match="reaches"):
+        AlterConfig(q=2.0, threshold=1.2)

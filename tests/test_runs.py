@@ -1,0 +1,297 @@
+"""The whole way on a tiny random model, through Python and the command line."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from alter_demo import data, load_model, load_run, runs, unlearn
+from alter_demo.answers import greedy
+from alter_demo.cli import main
+from alter_demo.data import load_forget_set
+from alter_demo.errors import UserError
+from alter_demo.runs import VARIANTS, UnlearnConfig
+from alter_demo.training import TrainConfig
+
+FEW = 6
+
+
+@pytest.fixture
+def few(monkeypatch, cache):
+    """Three everyday prompts instead of hundreds, and short answers."""
+    train, held_out = data.general_items()
+    monkeypatch.setattr(data, "general_items", lambda: (train[:3], held_out[:3]))
+    monkeypatch.setattr("alter_demo.answers.OWN_TOKENS", 6)
+
+
+@pytest.fixture
+def made(few, own_data):
+    return load_forget_set(str(own_data[0]), str(own_data[1]))
+
+
+def quick(**kwargs):
+    return TrainConfig(**{"max_steps": FEW, "batch_size": 2, "stop_ratio": 1e-9, "probe_every": 2} | kwargs)
+
+
+def trained(run):
+    return {n: p for n, p in run.model.named_parameters() if "alter_" in n}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_run_leaves_a_whole_folder_that_loads(tiny, made, tmp_path, variant):
+    steps = []
+    config = UnlearnConfig(variant=variant, threshold="auto")
+    run = unlearn(str(tiny), made, config, quick(), "r1", tmp_path / "runs", on_step=lambda e, n: steps.append((e, n)))
+    assert [e["step"] for e, _ in steps] == list(range(1, FEW + 1)) and steps[0][1] == FEW
+    assert sorted(os.listdir(tmp_path / "runs")) == ["r1"]
+    folder = tmp_path / "runs" / "r1"
+    assert {p.name for p in folder.iterdir()} == {"adapter", "config.json", "metrics.json", "answers.json"}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for side in ("before", "after"):
+        for group in ("forget", "forget_held_out", "neighbours", "general"):
+            assert set(metrics[side][group]) >= {"probability", "rouge_l", "rouge_l_to_base", "repetition"}
+    assert metrics["before"]["forget"]["rouge_l_to_base"] == 1.0
+    assert set(metrics["seconds"]) == {"unlearn", "evaluate"}
+    assert {"config", "seed", "versions", "hardware", "history"} <= set(metrics)
+    again = load_run(folder)
+    prompts = [i.question for i in made.forget[:4]] + ["Hello!"]
+    assert again.answer(prompts, max_new_tokens=8) == run.answer(prompts, max_new_tokens=8)
+    assert again.answer(prompts, False, 8) == greedy(load_model(str(tiny)), prompts, 8)
+    pair = [[i.question for i in made.forget], [i.answer for i in made.forget]]
+    assert again.log_probs(*pair) == pytest.approx(run.log_probs(*pair), abs=1e-6)
+    assert again.log_probs(*pair) != pytest.approx(again.log_probs(*pair, adapted=False), abs=1e-4)
+
+
+def test_unlearning_lowers_the_forget_answers_and_spares_the_rest(tiny, made, tmp_path):
+    run = unlearn(str(tiny), made, UnlearnConfig(threshold="auto"), quick(max_steps=30, lr_b=1e-2), folder=None)
+    forget = [[i.question for i in made.forget], [i.answer for i in made.forget]]
+    drop = torch.tensor(run.log_probs(*forget)) - torch.tensor(run.log_probs(*forget, adapted=False))
+    assert drop.mean() < -0.3
+    retain = [[i.question for i in made.retain], [i.answer for i in made.retain]]
+    change = torch.tensor(run.log_probs(*retain)) - torch.tensor(run.log_probs(*retain, adapted=False))
+    assert change.abs().mean() < drop.abs().mean() / 4
+
+
+def test_token_records(tiny, made):
+    run = unlearn(str(tiny), made, UnlearnConfig(threshold="auto"), quick(), folder=None, evaluate=False)
+    text = "What colour has the door of house 3? Smørrebrød 🙂"
+    records = run.tokens(text)
+    assert "".join(text[r.start : r.end] for r in records if r.end > r.start)
+    assert records[0].log_prob is None and all(r.log_prob < 0 for r in records[1:])
+    threshold = run.router.config.threshold
+    assert all((r.route == "A") == (r.entropy > threshold) for r in records)
+    assert all(len(r.weights) == 1 + run.router.config.n_experts for r in records)
+    assert all(abs(sum(r.weights[1:]) - 1) < 1e-3 or not any(r.weights) for r in records)
+    # the plan comes from the frozen model, so it is the same on both sides
+    frozen = run.tokens(text, adapted=False)
+    assert [r.weights for r in frozen] == [r.weights for r in records]
+    ids = run.lm.tokenizer(text).input_ids
+    logits = load_model(str(tiny)).model(torch.tensor([ids])).logits[0].float()
+    expected = logits.softmax(-1)[4].topk(1)
+    assert frozen[4].top[0][1] == pytest.approx(expected.values.item(), abs=1e-4)
+    with pytest.raises(UserError, match="no text"):
+        run.tokens("   ")
+
+
+def test_forced_routes(tiny, made):
+    run = unlearn(str(tiny), made, UnlearnConfig(n_experts=2, threshold="auto"), quick(), folder=None, evaluate=False)
+    logits = {}
+    ids = torch.tensor([[5, 6, 7, 8]])
+    for force in (None, "off", "r", 1, 2):
+        with run.only(force), torch.no_grad():
+            logits[force] = run.model(input_ids=ids).logits
+    assert torch.equal(logits["off"], load_model(str(tiny)).model(ids).logits)
+    assert not torch.equal(logits["r"], logits["off"]) and not torch.equal(logits[1], logits[2])
+
+
+def test_same_seed_same_run(tiny, made):
+    a, b = (
+        unlearn(str(tiny), made, UnlearnConfig(threshold="auto"), quick(seed=3), folder=None, evaluate=False)
+        for _ in range(2)
+    )
+    assert all(torch.equal(p, trained(b)[n]) for n, p in trained(a).items())
+
+
+def test_resume_equals_uninterrupted(tiny, made, tmp_path):
+    config = UnlearnConfig(threshold="auto")
+    whole = unlearn(str(tiny), made, config, quick(), folder=None, evaluate=False)
+    saving = quick(save_steps=3)
+    stop = iter([False, False, True])
+    unlearn(
+        str(tiny), made, config, saving, folder=None, evaluate=False, resume=tmp_path / "c",
+        should_stop=lambda: next(stop),
+    )  # fmt: skip
+    assert (tmp_path / "c" / "checkpoint-3").is_dir()
+    resumed = unlearn(str(tiny), made, config, saving, folder=None, evaluate=False, resume=tmp_path / "c")
+    assert resumed.metrics["history"][1]["step"] == 4
+    assert all(torch.equal(p, trained(resumed)[n]) for n, p in trained(whole).items())
+
+
+def test_stopping_keeps_what_there_is(tiny, made, tmp_path):
+    run = unlearn(str(tiny), made, UnlearnConfig(threshold="auto"), quick(), "s", tmp_path, should_stop=lambda: True)
+    assert run.metrics["steps"] == 1 and run.metrics["stopped"] == "stopped by hand"
+    assert (tmp_path / "s" / "metrics.json").is_file() and run.metrics["after"]
+
+
+def test_stops_when_the_probe_has_reached_its_target(tiny, made):
+    run = unlearn(
+        str(tiny), made, UnlearnConfig(threshold="auto"), quick(max_steps=200, lr_b=1e-2, stop_ratio=0.7),
+        folder=None, evaluate=False,
+    )  # fmt: skip
+    assert run.metrics["stopped"] == "the probe reached its target" and run.metrics["steps"] < 200
+
+
+def test_gradient_checkpointing_learns_the_same(tiny, made):
+    a, b = (
+        unlearn(
+            str(tiny), made, UnlearnConfig(threshold="auto"), quick(gradient_checkpointing=on), folder=None,
+            evaluate=False,
+        )
+        for on in (False, True)
+    )  # fmt: skip
+    assert all(torch.allclose(p, trained(b)[n], atol=1e-5) for n, p in trained(a).items())
+    assert any(p.any() for n, p in trained(b).items() if "alter_B" in n)
+
+
+def test_a_failing_run_leaves_nothing(tiny, made, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("alter_demo.runs.json.dumps", fail)
+    with pytest.raises(UserError, match="No space left"):
+        unlearn(str(tiny), made, UnlearnConfig(threshold="auto"), quick(), "x", tmp_path / "runs", evaluate=False)
+    assert os.listdir(tmp_path / "runs") == []
+
+
+def test_plain_text_can_be_forgotten(tiny, few, tmp_path):
+    (tmp_path / "t.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"The code of room {i} is {i * 7}."}) for i in range(9))
+    )
+    run = unlearn(str(tiny), str(tmp_path / "t.jsonl"), UnlearnConfig(threshold="auto"), quick(), folder=None)
+    assert run.metrics["steps"] == FEW
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def command(*args):
+    return main([str(a) for a in args])
+
+
+def test_command_line_unlearn_compare_inspect(tiny, few, own_data, tmp_path, capsys):
+    options = ["--threshold", "auto", "--steps", 2, "--batch-size", 2, "--limit", 3, "--runs", tmp_path]
+    base = ["unlearn", "--model", tiny, "--forget", own_data[0], "--retain", own_data[1]]
+    assert command(*base, "--name", "mine", *options) == 0
+    assert "forget_held_out" in capsys.readouterr().out
+    assert command("compare", tmp_path / "mine", "What colour has the door of house 3?", "[bold]a\x1b[31m") == 0
+    out = capsys.readouterr().out
+    assert "[bold]a" in out and "\x1b" not in out
+    assert command("inspect", "Hello world", "--run", tmp_path / "mine") == 0
+    assert "B_f1" in capsys.readouterr().out
+    assert command("inspect", "Hello world", "--run", tmp_path / "mine", "--json") == 0
+    records = json.loads(capsys.readouterr().out)
+    assert {"token", "entropy", "route", "weights", "top"} <= set(records[0])
+    assert command(*base, "--name", "mine", *options) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+BAD = [
+    (["unlearn", "--model", "nothing"], "There is no model"),
+    (["unlearn", "--model", "a/../b"], "There is no model"),
+    (["unlearn", "--model", "TINY", "--forget", "harry"], "There is no forget set"),
+    (["unlearn", "--model", "TINY", "--forget", "nowhere.csv"], "There is no file"),
+    (["unlearn", "--model", "TINY", "--forget", "OWN", "--rank", "0"], "rank must lie between"),
+    (["unlearn", "--model", "TINY", "--forget", "OWN", "--steps", "0"], "steps must lie between"),
+    (["unlearn", "--model", "TINY", "--forget", "OWN", "--experts", "9"], "between 1 and 8"),
+    (["unlearn", "--model", "TINY", "--forget", "OWN", "--threshold", "1.99"], "lies between 0 and"),
+    (["unlearn", "--model", "TINY", "--forget", "OWN", "--threshold", "1.2", "--q", "2"], "lies between 0 and"),
+    (["unlearn", "--model", "TINY", "--forget", "OWN", "--q", "0"], "positive"),
+    (["unlearn", "--model", "TINY", "--forget", "OWN", "--variant", "best"], "variant is one of"),
+    (["unlearn", "--model", "TINY", "--forget", "OWN", "--device", "tpu"], "device must be"),
+    (["unlearn", "--model", "TINY", "--forget", "OWN", "--dtype", "int3"], "dtype must be"),
+    (["unlearn", "--model", "TINY", "--forget", "OWN", "--name", "../x"], "run's name"),
+    (["unlearn", "--model", "TINY", "--forget", "imaginary-authors"], "teach it first"),
+    (["compare", "nowhere", "hi"], "is not a run"),
+    (["inspect", "hi", "--run", "nowhere"], "is not a run"),
+    (["learn", "--model", "TINY", "--which", "all", "--out", "new"], "target, retain"),
+    (["learn", "--model", "TINY", "--epochs", "0", "--out", "new"], "epochs must lie"),
+    (["bench", "--steps", "0"], "at least 1 step"),
+]
+
+
+@pytest.mark.parametrize("args, sentence", BAD, ids=[" ".join(a[-3:]) for a, _ in BAD])
+def test_bad_input_is_one_sentence_and_an_exit_code(args, sentence, tiny, few, own_data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = [{"TINY": tiny, "OWN": own_data[0]}.get(a, a) for a in args]
+    assert command(*args) == 2
+    captured = capsys.readouterr()
+    error = captured.err.strip().splitlines()[-1]
+    assert error.startswith("alter_demo: ") and sentence in error
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "runs").exists() or os.listdir(tmp_path / "runs") == []
+
+
+def test_cuda_asked_for_and_absent(tiny, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert command("bench", "--model", tiny, "--device", "cuda") == 2
+    assert "no GPU here" in capsys.readouterr().err
+
+
+def test_no_room_and_no_memory(tiny, few, own_data, tmp_path, capsys, monkeypatch):
+    base = [
+        "unlearn",
+        "--model",
+        tiny,
+        "--forget",
+        own_data[0],
+        "--threshold",
+        "auto",
+        "--steps",
+        "1",
+        "--runs",
+        tmp_path,
+    ]
+    with monkeypatch.context() as m:
+        m.setattr("alter_demo.models.shutil.disk_usage", lambda _: type("U", (), {"free": 2**20})())
+        assert command(*base) == 2
+        assert "MB of free disk" in capsys.readouterr().err
+
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("alter_demo.runs.phase_one", out_of_memory)
+    assert command(*base) == 2
+    assert "smaller batch" in capsys.readouterr().err
+    assert [p for p in os.listdir(tmp_path) if p.startswith((".new", "tiny"))] == []
+
+
+def test_first_use_without_network(cache, capsys, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    assert command("bench") == 2
+    assert "could not be fetched" in capsys.readouterr().err
+    assert [p for p in cache.iterdir() if p.name != "answers"] == []
+
+
+def test_pickled_weights_and_strange_folders(tmp_path, tiny):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "config.json").write_text((tiny / "config.json").read_text())
+    (tmp_path / "p" / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match="pickled"):
+        load_model(str(tmp_path / "p"))
+    with pytest.raises(UserError, match="no config"):
+        load_model(str(tmp_path))
+    (tmp_path / "r" / "adapter").mkdir(parents=True)
+    (tmp_path / "r" / "metrics.json").write_text("{}")
+    (tmp_path / "r" / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "r" / "adapter" / "adapter_model.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match="pickled"):
+        load_run(tmp_path / "r")
+
+
+def test_run_names():
+    for bad in ("../up", "a/b", ".hidden", "x" * 81, "a b", "a\n", ""):
+        with pytest.raises(UserError, match="run's name"):
+            runs.run_folder(runs.RUNS, bad, "m", "s")
