@@ -41,9 +41,9 @@ style: .venv/.dev  ## format
 	$(BIN)/ruff format .
 
 assets: .venv/.app  ## regenerate the adapters in assets/ (about half an hour on 2 cores)
-	rm -rf assets/target-smollm2-135m assets/retain-smollm2-135m
-	$(BIN)/python -m alter_demo learn --which target --out assets/target-smollm2-135m
-	$(BIN)/python -m alter_demo learn --which retain --out assets/retain-smollm2-135m
+	rm -rf assets/imaginary-authors-smollm2-135m
+	$(BIN)/python -m alter_demo learn --which target --out assets/imaginary-authors-smollm2-135m/target
+	$(BIN)/python -m alter_demo learn --which retain --out assets/imaginary-authors-smollm2-135m/retain
 
 clean:  ## remove the environment
 	rm -rf .venv

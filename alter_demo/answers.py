@@ -74,13 +74,13 @@ def log_probs(lm: LM, questions: list[str], answers: list[str], model=None) -> l
 
 
 def is_right(answer: str, item: Item) -> bool:
-    """Whether an answer holds one of the item's keywords as whole words (or its short answer where it has none)."""
+    """Whether a word in the answer starts with one of the item's keywords (its short answer where it has none)."""
     return bool(keyword_matches(answer, item))
 
 
 def keyword_matches(answer: str, item: Item) -> list[re.Match]:
     keys = item.keywords or [item.answer]
-    found = (re.search(rf"(?<!\w){re.escape(k)}(s|es)?(?!\w)", answer, re.IGNORECASE) for k in keys)
+    found = (re.search(rf"(?<!\w){re.escape(k)}", answer, re.IGNORECASE) for k in keys)
     return [m for m in found if m]
 
 

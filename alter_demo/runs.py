@@ -36,6 +36,7 @@ from .training import (
     TrainConfig,
     arguments,
     collate_pairs,
+    knowledge_weights,
     phase_one,
     router_state,
 )
@@ -66,13 +67,13 @@ VARIANTS = {
     # as published: experts act everywhere, B_r learns by NLL
     "published": {
         "alter": {"gate": "softmax"},
-        "train": {"retention": "nll", "forget_end": True},
+        "train": {"forgetting": "ihl", "retention": "nll"},
         "threshold": PUBLISHED_THRESHOLD,
     },
     # calibrated two-level gate, distillation to the frozen model, threshold from the data
     "selective": {
         "alter": {"gate": "two_level"},
-        "train": {"retention": "distill", "forget_end": False},
+        "train": {},
         "threshold": "auto",
     },
 }
@@ -297,7 +298,8 @@ def prepare(lm: LM, made: ForgetSet, config: UnlearnConfig, train: TrainConfig, 
         samples = [s for i in items for s in render(lm.tokenizer, i)]
         return [replace(s, ids=s.ids[: s.start + tokens]) for s in samples] if tokens else samples
 
-    forget = rendered(made.training or made.forget)
+    source = made.training or made.forget
+    forget = rendered(source)
     keep, general = rendered(made.retain, RETAIN_TOKENS), rendered(made.general, RETAIN_TOKENS)
     keep = rng.sample(keep, min(len(keep), max(0, config.retain - len(general))))
     samples = [*forget, *keep, *general]
@@ -312,6 +314,12 @@ def prepare(lm: LM, made: ForgetSet, config: UnlearnConfig, train: TrainConfig, 
     if wanted != "auto":
         resolve_threshold(wanted, torch.empty(0), config.q, vocab)
     records = phase_one(lm, samples, alter, tick=lambda a, b: stage("phase I: frozen pass", a / b))
+    asked = all(i.question for i in source)
+    if asked and not made.known and made.retain and config.variant == "selective":
+        stage("phase I: what is knowledge", 0.0)
+        others = rng.choices([i.question for i in made.retain if i.question] or [""], k=len(forget))
+        other = [render(lm.tokenizer, replace(i, question=q))[0] for i, q in zip(source, others, strict=True)]
+        knowledge_weights(records[: len(forget)], phase_one(lm, other, alter))
     at_answers = torch.cat([r.entropy[s.start - 1 : -1] for r, s in zip(records, samples, strict=True)])
     alter.threshold = resolve_threshold(wanted, at_answers, config.q, vocab)
     stage("phase I: sub-domains and router", 0.0)
@@ -361,7 +369,11 @@ def train_experts(lm, alter, records, forget, retain, gate, probe_items, train, 
 
     progress = Progress(train, probe, on_step, should_stop)
     start = probe()
-    progress.target = start * train.stop_ratio
+    wrong = [(i.question, w) for i in probe_items for w in i.perturbed_answer]
+    if wrong:  # a model that never learned the set finds the right answer about as likely as the wrong ones
+        progress.target = float(np.exp(log_probs(lm, *map(list, zip(*wrong, strict=True)), peft_model)).mean())
+    else:
+        progress.target = start * train.stop_ratio
     progress.history.append({"step": 0, "seconds": 0.0, "probe": start})
     with tempfile.TemporaryDirectory() as scratch:
         trainer = AlterTrainer(
@@ -370,7 +382,6 @@ def train_experts(lm, alter, records, forget, retain, gate, probe_items, train, 
             train_dataset=Pairs(forget, retain, train.max_steps * train.batch_size, train.seed),
             data_collator=collate_pairs(lm.tokenizer.pad_token_id, lm.device),
             callbacks=[progress],
-            processing_class=lm.tokenizer,
             records=records,
             config=train,
             alter_config=alter,

@@ -36,8 +36,8 @@ class TrainConfig:
     lr_a: float = field(default=1e-5, metadata={"help": "learning rate of A"})
     beta: float = field(default=1.0, metadata={"help": "weight of forgetting"})
     gamma: float = field(default=1.0, metadata={"help": "weight of retention"})
-    forget_end: bool = field(default=False, metadata={"help": "unlearn the end of turn too (published)"})
     structure: float = field(default=0.01, metadata={"help": "lambda, weight of the structure term"})
+    forgetting: str = field(default="redistribute", metadata={"help": "redistribute, or ihl (published)"})
     retention: str = field(default="distill", metadata={"help": "distill (to the frozen model) or nll (published)"})
     probe_every: int = field(default=4, metadata={"help": "steps between two looks at the forget probe"})
     stop_ratio: float = field(default=0.01, metadata={"help": "stop when the probe's probability fell to this share"})
@@ -50,8 +50,8 @@ class TrainConfig:
             raise UserError(f"The number of steps must lie between 1 and 10000, and {self.max_steps} does not.")
         if not 1 <= self.batch_size <= 256:
             raise UserError(f"The batch size must lie between 1 and 256, and {self.batch_size} does not.")
-        if self.retention not in ("distill", "nll"):
-            raise UserError(f"retention is distill or nll, not {self.retention!r}.")
+        if self.retention not in ("distill", "nll") or self.forgetting not in ("redistribute", "ihl"):
+            raise UserError("retention is distill or nll, forgetting is redistribute or ihl.")
         if not 0 < self.stop_ratio < 1:
             raise UserError(f"stop_ratio is a share between 0 and 1, and {self.stop_ratio} is not.")
 
@@ -67,7 +67,8 @@ class Record:
     entropy: torch.Tensor  # (T,) S_q
     top_ids: torch.Tensor  # (K, TOP) likeliest next tokens at the answer positions
     top_log_p: torch.Tensor  # (K, TOP)
-    log_prob: float  # mean log-probability of the answer tokens
+    log_p: torch.Tensor  # (K,) log-probability of each answer token
+    weight: torch.Tensor  # (K,) how much of the token is knowledge, 0 to 1, see `knowledge_weights`
     plan: Plan | None = None  # (1, T, ...) once the router is fitted
 
 
@@ -90,12 +91,24 @@ def phase_one(lm: LM, samples: list[Sample], config, batch_tokens: int = 4096, t
             log_p = out.logits[row, -k - 1 : -1].float().log_softmax(-1)
             top = log_p.topk(min(TOP, log_p.shape[-1]), -1)
             labels = torch.tensor(samples[i].ids[-k:], device=log_p.device)
-            mean = log_p.gather(-1, labels[:, None]).mean().item()
-            records[i] = Record(hidden[row, -t:], entropy[row, -t:], top.indices.cpu(), top.values.cpu(), mean)
+            own = log_p.gather(-1, labels[:, None]).squeeze(-1).cpu()
+            weight = (torch.tensor(samples[i].ids[-k:]) != lm.tokenizer.eos_token_id).float()
+            found = top.indices.cpu(), top.values.cpu()
+            records[i] = Record(hidden[row, -t:], entropy[row, -t:], *found, own, weight)
             samples[i].index = i
         if tick:
             tick(sum(r is not None for r in records), len(records))
     return records
+
+
+def knowledge_weights(records: list[Record], contrast: list[Record]) -> None:
+    """Set `weight` of forget records from the same answers after somebody else's question.
+
+    weight = 1 - p(token | other question) / p(token | its question), at least 0: what the words before it or the
+    style of the set give away is no knowledge of the question's subject, and is left alone.
+    """
+    for own, other in zip(records, contrast, strict=True):
+        own.weight = own.weight * (1 - (other.log_p - own.log_p).exp()).clamp(0, 1)
 
 
 def length_batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
@@ -187,22 +200,23 @@ class AlterTrainer(AnswerTrainer):
         logits, target = logits[answer], labels[answer]  # (n, V), (n,)
         self.parts = {}
         loss = logits.new_zeros((), dtype=torch.float32)
-        on = (domain > 0) & ~high
-        if not c.forget_end:  # where an answer ends is structure, not knowledge: without it answers run on in loops
-            on &= target != self.processing_class.eos_token_id
+        top_ids = torch.cat([r.top_ids for r in records]).to(logits.device)  # (n, TOP), in the order of logits
+        top_log_p = torch.cat([r.top_log_p for r in records]).to(logits.device)
+        on = (domain > 0) & ~high if c.forgetting == "ihl" else domain > 0
         if on.any():
-            ihl = losses.inverted_hinge_loss(logits[on], target[on])
-            # sum over the sub-domains of the mean over each one's confident tokens
-            forget = sum(ihl[domain[on] == d].mean() for d in domain[on].unique())
+            if c.forgetting == "ihl":
+                per_token = losses.inverted_hinge_loss(logits[on], target[on])
+            else:
+                weight = torch.cat([r.weight for r in records]).to(logits.device)
+                per_token = losses.redistribution(logits[on], target[on], top_ids[on], top_log_p[on], weight[on])
+            # sum over the sub-domains of the mean over each one's tokens
+            forget = sum(per_token[domain[on] == d].mean() for d in domain[on].unique())
             loss, self.parts["forget"] = loss + c.beta * forget, forget.item()
         if (on := domain == 0).any():
             if c.retention == "nll":
                 retain = losses.nll(logits[on], target[on]).mean()
             else:
-                rows = [r for r, d in zip(records, label.tolist(), strict=True) if d == 0]
-                ids = torch.cat([r.top_ids for r in rows]).to(logits.device)
-                log_p = torch.cat([r.top_log_p for r in rows]).to(logits.device)
-                retain = losses.distillation(logits[on], ids, log_p).mean()
+                retain = losses.distillation(logits[on], top_ids[on], top_log_p[on]).mean()
             loss, self.parts["retain"] = loss + c.gamma * retain, retain.item()
         if c.structure and high.any():
             drift = tsallis_entropy(logits[high], self.alter_config.q) - base_entropy[high]

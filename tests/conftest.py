@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -19,10 +20,14 @@ from transformers import (
     Qwen2Config,
 )
 
-from alter_demo.data import SETS
+from alter_demo.data import SETS, Item, collate, render
+from alter_demo.losses import nll
+from alter_demo.training import inputs
 
-torch.set_num_threads(2)
 VOCAB = 600
+COLOURS = ["red", "blue", "green", "black", "white", "pink", "grey", "gold", "brown", "teal", "lime", "navy"]
+OWN_FORGET = [Item(f"What colour has the door of house {i}?", f"The door is {c}.") for i, c in enumerate(COLOURS)]
+OWN_RETAIN = [Item(f"How much is {i} plus {i}?", f"It is {2 * i}.") for i in range(12)]
 SMALL = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -86,6 +91,24 @@ def tiny(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def taught(tiny, tmp_path_factory):
+    """The tiny model after it has learned the own data by heart, so that there is something to forget."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
+    samples = [render(tokenizer, item)[0] for item in [*OWN_FORGET, *OWN_RETAIN]]
+    batch = collate(samples, tokenizer.pad_token_id)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        logits = model(**inputs(batch), logits_to_keep=batch["keep"]).logits[:, :-1]
+        nll(logits[batch["answer"]], batch["labels"][batch["answer"]]).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("taught") / "taught"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ALTER_CACHE_DIR", str(tmp_path / "cache"))
@@ -95,10 +118,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def own_data(tmp_path):
     """Forget and retain files of a person, twelve examples each."""
-    colours = ["red", "blue", "green", "black", "white", "pink", "grey", "gold", "brown", "teal", "lime", "navy"]
     forget, retain = tmp_path / "forget.csv", tmp_path / "retain.jsonl"
-    rows = [f"What colour has the door of house {i}?,The door is {c}." for i, c in enumerate(colours)]
-    forget.write_text("question,answer\n" + "\n".join(rows) + "\n")
-    keep = [{"question": f"How much is {i} plus {i}?", "answer": f"It is {2 * i}."} for i in range(12)]
-    retain.write_text("\n".join(map(json.dumps, keep)))
+    forget.write_text("question,answer\n" + "".join(f"{i.question},{i.answer}\n" for i in OWN_FORGET))
+    retain.write_text("\n".join(json.dumps({"question": i.question, "answer": i.answer}) for i in OWN_RETAIN))
     return forget, retain

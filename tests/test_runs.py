@@ -63,11 +63,12 @@ def test_run_leaves_a_whole_folder_that_loads(tiny, made, tmp_path, variant):
     assert again.log_probs(*pair) != pytest.approx(again.log_probs(*pair, adapted=False), abs=1e-4)
 
 
-def test_unlearning_lowers_the_forget_answers_and_spares_the_rest(tiny, made, tmp_path):
-    run = unlearn(str(tiny), made, UnlearnConfig(threshold="auto"), quick(max_steps=30, lr_b=1e-2), folder=None)
+def test_unlearning_lowers_the_forget_answers_and_spares_the_rest(taught, made):
+    config, train = UnlearnConfig(threshold="auto", n_experts=1), quick(max_steps=30, lr_b=1e-2, batch_size=4)
+    run = unlearn(str(taught), made, config, train, folder=None, evaluate=False)
     forget = [[i.question for i in made.forget], [i.answer for i in made.forget]]
     drop = torch.tensor(run.log_probs(*forget)) - torch.tensor(run.log_probs(*forget, adapted=False))
-    assert drop.mean() < -0.3
+    assert drop.mean() < -1
     retain = [[i.question for i in made.retain], [i.answer for i in made.retain]]
     change = torch.tensor(run.log_probs(*retain)) - torch.tensor(run.log_probs(*retain, adapted=False))
     assert change.abs().mean() < drop.abs().mean() / 4
@@ -134,9 +135,9 @@ def test_stopping_keeps_what_there_is(tiny, made, tmp_path):
     assert (tmp_path / "s" / "metrics.json").is_file() and run.metrics["after"]
 
 
-def test_stops_when_the_probe_has_reached_its_target(tiny, made):
+def test_stops_when_the_probe_has_reached_its_target(taught, made):
     run = unlearn(
-        str(tiny), made, UnlearnConfig(threshold="auto"), quick(max_steps=200, lr_b=1e-2, stop_ratio=0.7),
+        str(taught), made, UnlearnConfig(threshold="auto"), quick(max_steps=200, lr_b=1e-2, stop_ratio=0.7),
         folder=None, evaluate=False,
     )  # fmt: skip
     assert run.metrics["stopped"] == "the probe reached its target" and run.metrics["steps"] < 200
