@@ -76,6 +76,7 @@ def learn(lm: LM, made: ForgetSet, which: str, folder: Path, config: LearnConfig
             data_collator=collate_pairs(lm.tokenizer.pad_token_id, lm.device),
             callbacks=[Ticks(on_step)],
         ).train()
+    model.peft_config["default"].base_model_name_or_path = lm.name  # not somebody's cache folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
         model.save_pretrained(Path(aside) / "new", save_embedding_layers=False)

@@ -54,6 +54,7 @@ def build() -> gr.Blocks:
                 upload = gr.File(
                     label="or your own file (.jsonl, .json, .csv with question,answer or text)",
                     file_types=[".jsonl", ".json", ".csv"],
+                    height=120,
                 )
                 with gr.Accordion("More settings", open=False):
                     steps = gr.Slider(1, 200, 40, step=1, label="Steps at most", info="stops earlier by itself")

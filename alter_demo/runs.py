@@ -485,6 +485,7 @@ def write_run(run: Run, answers: list[dict], target: Path) -> None:
     """Write aside, then rename: a run folder is whole or not there."""
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".new-"))
     try:
+        run.model.peft_config["default"].base_model_name_or_path = run.lm.name  # not somebody's cache folder
         run.model.save_pretrained(aside / "adapter", save_embedding_layers=False)
         for file, value in (
             ("config.json", run.metrics["config"] | {"model": run.metrics["model"], "data": run.metrics["data"]}),

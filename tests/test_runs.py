@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from alter_demo import data, load_model, load_run, runs, unlearn
-from alter_demo.answers import greedy
+from alter_demo.answers import greedy, log_probs
 from alter_demo.cli import main
 from alter_demo.data import load_forget_set
 from alter_demo.errors import UserError
+from alter_demo.learn import LearnConfig, learn
 from alter_demo.runs import VARIANTS, UnlearnConfig
 from alter_demo.training import TrainConfig
 
@@ -296,3 +297,22 @@ def test_run_names():
     for bad in ("../up", "a/b", ".hidden", "x" * 81, "a b", "a\n", ""):
         with pytest.raises(UserError, match="run's name"):
             runs.run_folder(runs.RUNS, bad, "m", "s")
+
+
+def test_learned_adapter_is_small_merges_and_can_be_unlearned(tiny, made, tmp_path):
+    lm, prompts = load_model(str(tiny)), [i.question for i in made.forget]
+    answers = [i.answer for i in made.forget]
+    before = sum(log_probs(lm, prompts, answers))
+    folder = learn(lm, made, "target", tmp_path / "a", LearnConfig(epochs=8, batch_size=8))
+    assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sum(log_probs(lm, prompts, answers)) == pytest.approx(before)  # lm itself is as it was
+    taught = load_model(str(tiny), adapter=folder)
+    assert sum(log_probs(taught, prompts, answers)) > before + 1
+    run = unlearn(
+        str(tiny), made, UnlearnConfig(threshold="auto"), quick(), "t", tmp_path, adapter=folder, retain_adapter=folder
+    )
+    assert run.metrics["after"]["forget"]["probability_retain_model"] == run.metrics["before"]["forget"]["probability"]
+    again = load_run(tmp_path / "t")  # finds the adapter that was merged in first
+    assert again.answer(prompts[:2], max_new_tokens=6) == run.answer(prompts[:2], max_new_tokens=6)
+    with pytest.raises(UserError, match="exists already"):
+        learn(lm, made, "target", folder)
