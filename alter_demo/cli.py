@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--q", type=float, default=1.5, help="order of the Tsallis entropy")
     sub.add_argument("--threshold", help='S_q above which a token is uncertain: a number or "auto"')
     sub.add_argument("--stop-ratio", type=float, help="stop at this share of the probe's first probability")
-    sub.add_argument("--limit", type=int, help="evaluation items per group (default: all)")
+    sub.add_argument("--limit", type=int, default=64, help="evaluation items per group, 0: all")
     sub.add_argument("--seed", type=int, default=0, help="random seed")
     sub.add_argument("--load-in-4bit", action="store_true", help="4-bit base, needs bitsandbytes")
     sub.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
@@ -132,7 +132,12 @@ def do_unlearn(args) -> None:
         gradient_checkpointing=args.gradient_checkpointing, **extra,
     )  # fmt: skip
     config = UnlearnConfig(
-        variant=args.variant, threshold=args.threshold, n_experts=args.experts, r=args.rank, q=args.q, limit=args.limit
+        variant=args.variant,
+        threshold=args.threshold,
+        n_experts=args.experts,
+        r=args.rank,
+        q=args.q,
+        limit=args.limit or None,
     )
     run_folder(args.runs, args.name, args.model, args.forget)  # cheap errors first
     made = load_forget_set(args.forget, args.retain)

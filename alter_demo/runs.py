@@ -67,7 +67,7 @@ VARIANTS = {
     # as published: experts act everywhere, B_r learns by NLL
     "published": {
         "alter": {"gate": "softmax"},
-        "train": {"forgetting": "ihl", "retention": "nll"},
+        "train": {"forgetting": "ihl", "retention": "nll", "weighted": False},
         "threshold": PUBLISHED_THRESHOLD,
     },
     # calibrated two-level gate, distillation to the frozen model, threshold from the data
@@ -213,6 +213,10 @@ def unlearn(
     made = load_forget_set(forget_set) if isinstance(forget_set, str) else forget_set
     if isinstance(model, str):
         stage("loading the model", 0.0)
+    if train.forgetting == "auto":
+        # measured: IHL forgets what was learned in pre-training more deeply; what was memorised in fine-tuning shall
+        # come down to the level of never having been learned, not below
+        train = replace(train, forgetting="ihl" if made.known else "redistribute")
     if isinstance(model, str):
         shipped = adapters(made.name, model) if made.learned else {}
         adapter, retain_adapter = adapter or shipped.get("target"), retain_adapter or shipped.get("retain")

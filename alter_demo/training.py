@@ -37,7 +37,8 @@ class TrainConfig:
     beta: float = field(default=1.0, metadata={"help": "weight of forgetting"})
     gamma: float = field(default=1.0, metadata={"help": "weight of retention"})
     structure: float = field(default=0.01, metadata={"help": "lambda, weight of the structure term"})
-    forgetting: str = field(default="redistribute", metadata={"help": "redistribute, or ihl (published)"})
+    forgetting: str = field(default="auto", metadata={"help": "ihl (published), redistribute, or auto: see `runs`"})
+    weighted: bool = field(default=True, metadata={"help": "weigh forget tokens by how much of them is knowledge"})
     retention: str = field(default="distill", metadata={"help": "distill (to the frozen model) or nll (published)"})
     probe_every: int = field(default=4, metadata={"help": "steps between two looks at the forget probe"})
     stop_ratio: float = field(default=0.01, metadata={"help": "stop when the probe's probability fell to this share"})
@@ -50,8 +51,8 @@ class TrainConfig:
             raise UserError(f"The number of steps must lie between 1 and 10000, and {self.max_steps} does not.")
         if not 1 <= self.batch_size <= 256:
             raise UserError(f"The batch size must lie between 1 and 256, and {self.batch_size} does not.")
-        if self.retention not in ("distill", "nll") or self.forgetting not in ("redistribute", "ihl"):
-            raise UserError("retention is distill or nll, forgetting is redistribute or ihl.")
+        if self.retention not in ("distill", "nll") or self.forgetting not in ("auto", "redistribute", "ihl"):
+            raise UserError("retention is distill or nll, forgetting is auto, redistribute or ihl.")
         if not 0 < self.stop_ratio < 1:
             raise UserError(f"stop_ratio is a share between 0 and 1, and {self.stop_ratio} is not.")
 
@@ -204,11 +205,13 @@ class AlterTrainer(AnswerTrainer):
         top_log_p = torch.cat([r.top_log_p for r in records]).to(logits.device)
         on = (domain > 0) & ~high if c.forgetting == "ihl" else domain > 0
         if on.any():
+            weight = torch.cat([r.weight for r in records]).to(logits.device)[on]  # (m,)
+            if not c.weighted:
+                weight = torch.ones_like(weight)
             if c.forgetting == "ihl":
-                per_token = losses.inverted_hinge_loss(logits[on], target[on])
+                per_token = weight * losses.inverted_hinge_loss(logits[on], target[on])
             else:
-                weight = torch.cat([r.weight for r in records]).to(logits.device)
-                per_token = losses.redistribution(logits[on], target[on], top_ids[on], top_log_p[on], weight[on])
+                per_token = losses.redistribution(logits[on], target[on], top_ids[on], top_log_p[on], weight)
             # sum over the sub-domains of the mean over each one's tokens
             forget = sum(per_token[domain[on] == d].mean() for d in domain[on].unique())
             loss, self.parts["forget"] = loss + c.beta * forget, forget.item()
