@@ -41,7 +41,7 @@ class TrainConfig:
     weighted: bool = field(default=True, metadata={"help": "weigh forget tokens by how much of them is knowledge"})
     retention: str = field(default="distill", metadata={"help": "distill (to the frozen model) or nll (published)"})
     probe_every: int = field(default=4, metadata={"help": "steps between two looks at the forget probe"})
-    stop_ratio: float = field(default=0.01, metadata={"help": "stop when the probe's probability fell to this share"})
+    stop_ratio: float = field(default=0.001, metadata={"help": "stop when the probe's probability fell to this share"})
     save_steps: int = field(default=0, metadata={"help": "a checkpoint every so many steps, 0: none"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, more time"})
     seed: int = field(default=0, metadata={"help": "random seed"})
@@ -130,19 +130,32 @@ def inputs(batch: dict) -> dict:
 # ----------------------------------------------------------------------------------------------------- phase II
 
 
+class Deck:
+    """Draws without replacement, shuffled anew when it is used up."""
+
+    def __init__(self, samples: list[Sample], rng: random.Random):
+        self.samples, self.rng, self.left = samples, rng, []
+
+    def draw(self) -> Sample:
+        if not self.left:
+            self.left = self.rng.sample(self.samples, len(self.samples))
+        return self.left.pop()
+
+
 class Pairs(Dataset):
-    """A forget sample with a retain sample, `length` of them; the retain samples are drawn with the seed."""
+    """A forget sample with a retain sample, `length` of them, drawn with the seed.
+
+    The sub-domains take turns, whatever their sizes: each expert learns only from its own, so a small one would
+    otherwise lag behind when training stops.
+    """
 
     def __init__(self, forget: list[Sample], retain: list[Sample], length: int, seed: int):
         rng = random.Random(seed)
-        self.pairs = []
-        deck: list[Sample] = []
-        for i in range(length):
-            if i % len(forget) == 0:
-                order = rng.sample(forget, len(forget))
-            if retain and not deck:
-                deck = rng.sample(retain, len(retain))
-            self.pairs.append([order[i % len(forget)], *([deck.pop()] if retain else [])])
+        domains = sorted({s.label for s in forget})
+        decks = {d: Deck([s for s in forget if s.label == d], rng) for d in domains}
+        keep = Deck(retain, rng) if retain else None
+        draws = (decks[domains[i % len(domains)]].draw() for i in range(length))
+        self.pairs = [[sample, *([keep.draw()] if keep else [])] for sample in draws]
 
     def __len__(self):
         return len(self.pairs)
