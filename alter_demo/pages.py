@@ -250,7 +250,7 @@ def get_run(name: str | None):
 
     if not name:
         raise UserError("There is no run yet: press Unlearn first.")
-    if not NAME.match(name) or ".." in name:
+    if not NAME.fullmatch(name) or ".." in name:
         raise UserError("That is not the name of a run.")
     path = str(RUNS / name)
     if path not in LOADED:

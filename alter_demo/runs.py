@@ -471,7 +471,7 @@ def run_folder(folder: Path, name: str | None, model, forget_set) -> Path:
     if name is None:
         name = re.sub(r"[^A-Za-z0-9.-]+", "-", f"{Path(str(label(model))).name}-{Path(str(label(forget_set))).stem}")
         name = f"{name}-{time.strftime('%m%d-%H%M%S')}".lstrip(".-")
-    if not NAME.match(name) or ".." in name:
+    if not NAME.fullmatch(name) or ".." in name:
         raise UserError(f"A run's name has letters, digits, dots and dashes (80 at most), unlike {name!r}.")
     if (Path(folder) / name).exists():
         raise UserError(f"The run {name!r} exists already: choose another name, or remove {Path(folder) / name}.")

