@@ -28,7 +28,7 @@ def test_filter_leaves_enough(lm):
 
 
 def test_it_forgets_harry_potter_and_only_that():
-    run = unlearn("smollm2-135m", "harry-potter", UnlearnConfig(limit=12), TrainConfig(), folder=None)
+    run = unlearn("smollm2-135m", "harry-potter", UnlearnConfig(limit=40), TrainConfig(), folder=None)
     before, after = run.metrics["before"], run.metrics["after"]
     held_out = "forget_held_out"
     assert after[held_out]["probability"] < 0.05 * before[held_out]["probability"]
