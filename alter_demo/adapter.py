@@ -320,10 +320,14 @@ class AlterModel(BaseTuner):
             # generate() reads the signature to decide what it passes (position_ids), so the wrapper keeps it
             wrapper = functools.wraps(type(model).forward)(lambda *args, **kwargs: routed_forward(*args, **kwargs))
             model.forward = types.MethodType(wrapper, model)
-        text_config = model.config.get_text_config()
-        size, like = text_config.hidden_size, next(model.parameters())
-        model.token_router.add(adapter_name, config, size, like)
-        model.token_router.set_adapter(self.active_adapters)
+
+    def _prepare_model(self, peft_config, model) -> None:
+        """Runs at every injection, also that of a second adapter: give it a gate."""
+        router = model.token_router
+        for name, config in self.peft_config.items():
+            if name not in router.configs:
+                router.add(name, config, model.config.get_text_config().hidden_size, next(model.parameters()))
+        router.set_adapter(self.active_adapters)
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs) -> None:
         if isinstance(target, AlterLinear):
