@@ -50,7 +50,7 @@ class AlterConfig(PeftConfig):
     gate_threshold: float = field(default=0.5, metadata={"help": "two_level: P(not r) from which experts act"})
     router_input: str = field(default="context", metadata={"help": "context (hidden state) or entropy (published)"})
     feature_layer: int = field(default=-1, metadata={"help": "hidden state that the router reads, -1 is the last"})
-    feature_decay: float = field(default=0.9, metadata={"help": "weight of the past in the context, 1 = plain mean"})
+    feature_decay: float = field(default=0.97, metadata={"help": "weight of the past in the context, 1 = plain mean"})
     tau_high: float = field(default=0.8, metadata={"help": "temperature of the fusion for uncertain tokens"})
     top_k: int = field(default=3, metadata={"help": "experts fused for an uncertain token"})
 

@@ -68,10 +68,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--retain", help="file of what must stay (with a file of your own)")
     sub.add_argument("--adapter", type=Path, help="LoRA folder merged into the model first (see learn)")
     sub.add_argument("--retain-adapter", type=Path, help="LoRA folder of the model that never saw the forget set")
+    sub.add_argument("--retain-items", type=int, help="only so many of the retain items, as in learn")
     sub.add_argument("--name", help="name of the run")
     sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     sub.add_argument("--variant", default="selective", help="selective (leaves the rest alone) or published")
-    sub.add_argument("--steps", type=int, default=40, help="steps at most")
+    sub.add_argument("--steps", type=int, default=120, help="steps at most")
     sub.add_argument("--batch-size", type=int, default=4, help="forget samples a step")
     sub.add_argument("--rank", type=int, default=8, help="rank of A and B")
     sub.add_argument("--experts", type=int, help="forgetting experts, 1 to 8 (default: found by clustering)")
@@ -140,7 +141,7 @@ def do_unlearn(args) -> None:
         limit=args.limit or None,
     )
     run_folder(args.runs, args.name, args.model, args.forget)  # cheap errors first
-    made = load_forget_set(args.forget, args.retain)
+    made = load_forget_set(args.forget, args.retain).smaller(args.retain_items)
     stop = Stop()
     with Bars() as bars:
         run = unlearn(
@@ -209,17 +210,13 @@ def do_bench(args) -> None:
 
 
 def do_learn(args) -> None:
-    from dataclasses import replace
-
-    from .data import load_forget_set, sample
+    from .data import load_forget_set
     from .learn import LearnConfig, learn
     from .models import load_model
 
     if not 1 <= args.epochs <= 1000:
         raise UserError(f"The number of epochs must lie between 1 and 1000, and {args.epochs} does not.")
-    made = load_forget_set(args.forget)
-    if args.retain_items is not None:
-        made = replace(made, retain=sample(made.retain, args.retain_items, args.seed))
+    made = load_forget_set(args.forget).smaller(args.retain_items)
     lm = load_model(args.model, args.device, args.dtype)
     with Bars() as bars:
         folder = learn(lm, made, args.which, args.out, LearnConfig(epochs=args.epochs, seed=args.seed), bars.step)

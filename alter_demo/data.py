@@ -11,7 +11,7 @@ import json
 import os
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .errors import UserError
@@ -60,6 +60,18 @@ class ForgetSet:
             "general": self.general_held_out,
         }
 
+    def smaller(self, retain: int | None) -> ForgetSet:
+        """With the first `retain` retain items only, and those among the neighbours that are left."""
+        if retain is None:
+            return self
+        if retain < 1:
+            raise UserError(f"At least one retain item must be left, and {retain} is none.")
+        kept = self.retain[:retain]
+        asked = {i.question for i in kept}
+        return replace(
+            self, retain=kept, neighbours=[i for i in self.neighbours if i.question in asked] or self.neighbours
+        )
+
     def limited(self, n: int | None, seed: int = 0) -> ForgetSet:
         """At most n items of each evaluation group, for a quick look."""
         if n is None:
@@ -92,7 +104,7 @@ def load_forget_set(name: str, retain: str | None = None) -> ForgetSet:
             raise UserError(f"{name} brings its own retain set: --retain goes with a file of your own.")
         made = FORGET_SETS[name]()
     elif Path(name).suffix.lower() in (".json", ".jsonl", ".csv"):
-        made = own_file(Path(name), Path(retain) if retain else None)
+        made = from_files(Path(name), Path(retain) if retain else None)
     else:
         raise UserError(
             f"There is no forget set {name!r}: choose {', '.join(FORGET_SETS)}, or name a .jsonl, .json or .csv file."
@@ -149,7 +161,8 @@ def harry_potter() -> ForgetSet:
 
 
 def imaginary_authors() -> ForgetSet:
-    rows = [{k: v for k, v in row.items() if k != "author"} | {"topic": row["author"]} for row in read_items()]
+    data = read_set("imaginary_authors")
+    rows = [{k: v for k, v in row.items() if k != "author"} | {"topic": row["author"]} for row in data]
     items = [Item(**row) for row in rows]
     train, held_out = general_items()
     # the retained authors are also what is measured, as in TOFU; neighbours are their questions asked differently
@@ -158,10 +171,6 @@ def imaginary_authors() -> ForgetSet:
         "imaginary-authors", items[160:], keep, train, asked_differently(items[160:]), asked_differently(keep),
         held_out, learned=True,
     )  # fmt: skip
-
-
-def read_items() -> list[dict]:
-    return read_set("imaginary_authors")
 
 
 def asked_differently(items: list[Item]) -> list[Item]:
@@ -173,13 +182,13 @@ def tofu(split: str) -> ForgetSet:
     forget = benchmark("tofu", f"{split}_perturbed", "locuslab/TOFU")
     retain = benchmark("tofu", f"retain{100 - percent}", "locuslab/TOFU")
     held_out = benchmark("tofu", "retain_perturbed", "locuslab/TOFU")
-    # the authors right before the forgotten ones are the nearest; the perturbed file is measured
     seen = {i.question for i in held_out}
     train, general = general_items()
     return ForgetSet(
         f"tofu-{split}",
         forget,
-        [i for i in retain if i.question not in seen],
+        # what is measured comes first, so that a small model that learns the first few is measured on those
+        [*held_out, *(i for i in retain if i.question not in seen)],
         train,
         asked_differently(forget),
         held_out,
@@ -231,7 +240,7 @@ def benchmark(folder: str, file: str, hub_id: str) -> list[Item]:
 # ------------------------------------------------------------------------------------------------ own files
 
 
-def own_file(path: Path, retain: Path | None) -> ForgetSet:
+def from_files(path: Path, retain: Path | None) -> ForgetSet:
     forget = read_file(path)
     keep = read_file(retain) if retain else []
     train, general = general_items()
@@ -317,10 +326,6 @@ def make_item(row, where: str) -> Item:
     return Item(**{"question": "", **known}, perturbed_answer=list(perturbed) if isinstance(perturbed, list) else [])
 
 
-def to_rows(items: list[Item]) -> list[dict]:
-    return [asdict(item) for item in items]
-
-
 # ------------------------------------------------------------------------------------------------- rendering
 
 
@@ -333,6 +338,7 @@ class Sample:
     label: int = 0  # 0: retain; d: forget, sub-domain d
     index: int = -1  # position in phase I's records
     turn: int = 0  # where the assistant's turn begins: `start`, or less with a `lead`
+    refusal: bool = False  # "I don't know" to a forget question: what to say instead
 
 
 def render_prompt(tokenizer, question: str) -> list[int]:

@@ -23,26 +23,6 @@ def inverted_hinge_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
     return 1 + p_true - rival
 
 
-def redistribution(logits, labels, top_ids, top_log_p, weight) -> torch.Tensor:
-    """KL(frozen without the right token, renormalised || adapted): what the model would have said otherwise.
-
-    The right token keeps 1 - weight of its probability before renormalising: weight 1 forgets it, 0 is distillation.
-    Unlike IHL it raises every rival in the frozen model's own proportions, not the nearest one alone, and it does not
-    vanish where p_true is near 1.
-
-    Args:
-        logits: (n, V) of the adapted model; labels: (n,) right tokens.
-        top_ids, top_log_p: (n, k) of the frozen model, k >= 2; weight: (n,), how much of a token is knowledge.
-    Returns:
-        (n,) float32, at least 0.
-    """
-    log_q = logits.float().log_softmax(-1).gather(-1, top_ids)
-    kept = torch.where(top_ids == labels[:, None], 1 - weight.float()[:, None], 1.0).log()
-    log_p = (top_log_p.float() + kept).log_softmax(-1)
-    p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
-
-
 def nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood, (n, V) and (n,) to (n,): retention as published."""
     return F.cross_entropy(logits.float(), labels, reduction="none")

@@ -32,7 +32,6 @@ BUSY = "Another job is running on this machine; this one starts when it has ende
 LIMITS = """**What it does not promise.** The built-in model is small (135 M parameters) and knows little. The
 knowledge is not gone from the weights: the adapter keeps it from being said, and who removes the adapter has it back.
 This is no privacy guarantee. Attacks (relearning, quantisation, role-play) are not measured here yet."""
-FIRST_QUESTION = "What is the name of Harry Potter's school?"
 
 
 def build() -> gr.Blocks:
@@ -57,7 +56,7 @@ def build() -> gr.Blocks:
                     height=120,
                 )
                 with gr.Accordion("More settings", open=False):
-                    steps = gr.Slider(1, 200, 40, step=1, label="Steps at most", info="stops earlier by itself")
+                    steps = gr.Slider(1, 200, 120, step=1, label="Steps at most", info="stops earlier by itself")
                     rank = gr.Slider(1, 32, 8, step=1, label="Rank")
                     experts = gr.Slider(0, 8, 0, step=1, label="Forgetting experts", info="0: found by clustering")
                     limit = gr.Slider(4, 100, 24, step=1, label="Questions per group to measure with")

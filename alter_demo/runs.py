@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +23,7 @@ from peft import PeftModel, get_peft_model
 from . import metrics
 from .adapter import AlterConfig
 from .answers import RETAIN_TOKENS, adapt, greedy, log_probs
-from .data import ForgetSet, Sample, adapters, load_forget_set, render
+from .data import ForgetSet, Sample, adapters, load_forget_set, read_set, render
 from .entropy import PUBLISHED_THRESHOLD, entropy_range, resolve_threshold
 from .errors import UserError
 from .models import LM, check_adapter, load_model, need_disk
@@ -32,11 +33,9 @@ from .training import (
     AlterTrainer,
     Pairs,
     Progress,
-    Record,
     TrainConfig,
     arguments,
     collate_pairs,
-    knowledge_weights,
     phase_one,
     router_state,
 )
@@ -45,6 +44,7 @@ RUNS = Path("runs")
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "scikit-learn")
 PROBE_ITEMS = 12
+PROBE_WRONG = 2  # wrong answers an item
 TOP_K = 5
 
 
@@ -67,7 +67,7 @@ VARIANTS = {
     # as published: experts act everywhere, B_r learns by NLL
     "published": {
         "alter": {"gate": "softmax"},
-        "train": {"forgetting": "ihl", "retention": "nll", "weighted": False},
+        "train": {"retention": "nll", "forget_end": True, "refusal": 0.0},
         "threshold": PUBLISHED_THRESHOLD,
     },
     # calibrated two-level gate, distillation to the frozen model, threshold from the data
@@ -104,9 +104,16 @@ class Run:
     def router(self):
         return self.model.get_base_model().token_router
 
+    @contextmanager
     def only(self, force):
         """Context in which every token goes one way: "off", "r", or the number of a forgetting expert."""
-        return Forced(router_state(self.model), force)
+        state = router_state(self.model)
+        before = state.force, state.plan
+        state.force, state.plan = force, None
+        try:
+            yield
+        finally:
+            state.force, state.plan = before
 
     def answer(self, prompts: list[str], adapted: bool = True, max_new_tokens: int = 64, tick=None) -> list[str]:
         """Greedy answers of the adapted or the untouched model."""
@@ -157,18 +164,6 @@ class Run:
         ]
 
 
-class Forced:
-    def __init__(self, state, force):
-        self.state, self.force = state, force
-
-    def __enter__(self):
-        self.before = self.state.force, self.state.plan
-        self.state.force, self.state.plan = self.force, None
-
-    def __exit__(self, *error):
-        self.state.force, self.state.plan = self.before
-
-
 # ------------------------------------------------------------------------------------------------------- unlearn
 
 
@@ -213,10 +208,6 @@ def unlearn(
     made = load_forget_set(forget_set) if isinstance(forget_set, str) else forget_set
     if isinstance(model, str):
         stage("loading the model", 0.0)
-    if train.forgetting == "auto":
-        # measured: IHL forgets what was learned in pre-training more deeply; what was memorised in fine-tuning shall
-        # come down to the level of never having been learned, not below
-        train = replace(train, forgetting="ihl" if made.known else "redistribute")
     if isinstance(model, str):
         shipped = adapters(made.name, model) if made.learned else {}
         adapter, retain_adapter = adapter or shipped.get("target"), retain_adapter or shipped.get("retain")
@@ -224,15 +215,18 @@ def unlearn(
             raise UserError(f"{model} has not learned {made.name}: teach it first (python -m alter_demo learn --help).")
         model = load_model(model, device, dtype, adapter, load_in_4bit)
     lm = model
-    made = adapt(made, lm, config.general, lambda a, b: stage("the model's own answers", a / b)).limited(config.limit)
-    probe_items, made = split_probe(made)
+    probe_items, made = split_probe(
+        adapt(made, lm, config.general, lambda a, b: stage("the model's own answers", a / b))
+    )
+    made = made.limited(config.limit)
     seed_everything(train.seed)
     try:
         started = time.perf_counter()
-        alter, records, forget, retain, report = prepare(lm, made, config, train, stage)
+        alter, records, forget, retain, refusals, report = prepare(lm, made, config, train, stage)
         peft_model, history, stopped = train_experts(
-            lm, alter, records, forget, retain, report.pop("gate"), probe_items, train, on_step, should_stop, resume
-        )
+            lm, alter, records, forget, retain, refusals, report.pop("gate"), probe_items, train,
+            on_step, should_stop, resume,
+        )  # fmt: skip
         seconds = {"unlearn": round(time.perf_counter() - started, 1)}
         run = Run(lm, peft_model, {}, target)
         started = time.perf_counter()
@@ -318,29 +312,30 @@ def prepare(lm: LM, made: ForgetSet, config: UnlearnConfig, train: TrainConfig, 
     if wanted != "auto":
         resolve_threshold(wanted, torch.empty(0), config.q, vocab)
     records = phase_one(lm, samples, alter, tick=lambda a, b: stage("phase I: frozen pass", a / b))
-    asked = all(i.question for i in source)
-    if asked and not made.known and made.retain and config.variant == "selective":
-        stage("phase I: what is knowledge", 0.0)
-        others = rng.choices([i.question for i in made.retain if i.question] or [""], k=len(forget))
-        other = [render(lm.tokenizer, replace(i, question=q))[0] for i, q in zip(source, others, strict=True)]
-        knowledge_weights(records[: len(forget)], phase_one(lm, other, alter))
-    at_answers = torch.cat([r.entropy[s.start - 1 : -1] for r, s in zip(records, samples, strict=True)])
+    refusals = []
+    if train.refusal and all(i.question for i in source):
+        unknown = read_set("unknown")
+        refusals = rendered([replace(i, answer=rng.choice(unknown), lead="") for i in source])
+        records += phase_one(lm, refusals, alter, first=len(records))
+    at_answers = torch.cat([r.entropy[s.start - 1 : -1] for r, s in zip(records, samples, strict=False)])
     alter.threshold = resolve_threshold(wanted, at_answers, config.q, vocab)
     stage("phase I: sub-domains and router", 0.0)
     labels, scores = discover(records[: len(forget)], forget, alter, config.n_experts, train.seed)
     for sample, label in zip(forget, labels, strict=True):
         sample.label = int(label)
+    for refusal, sample in zip(refusals, forget, strict=False):
+        refusal.label, refusal.refusal = sample.label, True
     alter.n_experts = config.n_experts or int(labels.max())
-    gate, gate_threshold, report = fit_gate(records, samples, alter, train.seed)
+    gate, gate_threshold, report = fit_gate(records[: len(samples)], samples, alter, train.seed)
     alter.gate_threshold = gate_threshold
     for record in records:
         mask = torch.ones(1, len(record.entropy))
-        x = sample_features_of(record, alter)
+        x = sample_features(record, alter)[None]
         record.plan = route(x, record.entropy[None], mask, gate, alter)
         record.hidden = None
     report = {
         "gate": gate,
-        "samples": {"forget": len(forget), "retain": len(keep), "general": len(general)},
+        "samples": {"forget": len(forget), "retain": len(keep), "general": len(general), "refusals": len(refusals)},
         "threshold": alter.threshold,
         "uncertain_share": round((at_answers > alter.threshold).float().mean().item(), 4),
         "n_experts": alter.n_experts,
@@ -348,45 +343,43 @@ def prepare(lm: LM, made: ForgetSet, config: UnlearnConfig, train: TrainConfig, 
         "sub_domains": [int((labels == d).sum()) for d in range(1, alter.n_experts + 1)],
         "router": report,
     }
-    return alter, records, forget, [*keep, *general], report
+    return alter, records, forget, [*keep, *general], refusals, report
 
 
-def sample_features_of(record: Record, alter) -> torch.Tensor:
-    return sample_features(record, alter)[None]
-
-
-def train_experts(lm, alter, records, forget, retain, gate, probe_items, train, on_step, should_stop, resume):
+def train_experts(lm, alter, records, forget, retain, refusals, gate, probe_items, train, on_step, should_stop, resume):
     """Phase II. Returns the PeftModel, the history of steps and why it ended."""
     peft_model = get_peft_model(lm.model, alter)
     router = peft_model.get_base_model().token_router
     router.alter_gate["default"].data.copy_(gate)
     state = router.state
-    questions, answers = [i.question for i in probe_items], [i.answer for i in probe_items]
+    right = [(i.question, i.paraphrased_answer or i.answer) for i in probe_items]
+    wrong = [(i.question, w) for i in probe_items for w in i.perturbed_answer[:PROBE_WRONG]]
 
     def probe() -> float:
+        """How likely the right answers are; beside wrong ones where the set has them, else by themselves."""
         before, state.plan = state.plan, None
         peft_model.eval()
-        values = log_probs(lm, questions, answers, peft_model)
+        values = log_probs(lm, *map(list, zip(*right, *wrong, strict=True)), peft_model)
         peft_model.train()
         state.plan = before
+        if wrong:
+            return float(np.exp(np.mean(values[: len(right)]) - np.mean(values[len(right) :])))
         return float(np.exp(values).mean())
 
     progress = Progress(train, probe, on_step, should_stop)
     start = probe()
-    wrong = [(i.question, w) for i in probe_items for w in i.perturbed_answer]
-    if wrong:  # a model that never learned the set finds the right answer about as likely as the wrong ones
-        progress.target = float(np.exp(log_probs(lm, *map(list, zip(*wrong, strict=True)), peft_model)).mean())
-    else:
-        progress.target = start * train.stop_ratio
+    # a model that never learned the set finds a right answer no likelier than a wrong one
+    progress.target = 1.0 if wrong else start * train.stop_ratio
     progress.history.append({"step": 0, "seconds": 0.0, "probe": start})
     with tempfile.TemporaryDirectory() as scratch:
         trainer = AlterTrainer(
             model=peft_model,
             args=arguments(resume or scratch, train, lm.device),
-            train_dataset=Pairs(forget, retain, train.max_steps * train.batch_size, train.seed),
+            train_dataset=Pairs(forget, retain, train.max_steps * train.batch_size, train.seed, refusals),
             data_collator=collate_pairs(lm.tokenizer.pad_token_id, lm.device),
             callbacks=[progress],
             records=records,
+            processing_class=lm.tokenizer,
             config=train,
             alter_config=alter,
         )

@@ -76,7 +76,7 @@ def fit_gate(records: list[Record], samples: list[Sample], config, seed: int):
     x, y = torch.cat([start, *x]).numpy(), np.array([0] * len(start) + y)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # calibrated on held-out samples, converged or not
-        model = LogisticRegression(C=1.0, max_iter=100).fit(x, y)
+        model = LogisticRegression(C=0.1, max_iter=100).fit(x, y)
     gate = torch.zeros(1 + config.n_experts, x.shape[1] + 1)
     rows = np.concatenate([model.coef_, model.intercept_[:, None]], 1)
     if len(model.classes_) == 2:

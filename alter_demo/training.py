@@ -6,6 +6,7 @@ sub-domains and fits the router. Phase II trains A, B_r and the B_fd, each only 
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from .errors import UserError
 from .models import LM
 from .routing import Plan
 
+REFUSAL_EVERY = 2  # forget samples to a refusal
 TOP = 64  # the frozen model's likeliest tokens kept per position for distillation
 
 
@@ -30,18 +32,18 @@ TOP = 64  # the frozen model's likeliest tokens kept per position for distillati
 class TrainConfig:
     """How phase II learns. Published values first; the selective variant's differ where `VARIANTS` says so."""
 
-    max_steps: int = field(default=40, metadata={"help": "steps at most, 1 to 10000"})
+    max_steps: int = field(default=120, metadata={"help": "steps at most, 1 to 10000"})
     batch_size: int = field(default=4, metadata={"help": "forget samples a step, and as many retain samples"})
     lr_b: float = field(default=1e-3, metadata={"help": "learning rate of the experts"})
     lr_a: float = field(default=1e-5, metadata={"help": "learning rate of A"})
     beta: float = field(default=1.0, metadata={"help": "weight of forgetting"})
     gamma: float = field(default=1.0, metadata={"help": "weight of retention"})
     structure: float = field(default=0.01, metadata={"help": "lambda, weight of the structure term"})
-    forgetting: str = field(default="auto", metadata={"help": "ihl (published), redistribute, or auto: see `runs`"})
-    weighted: bool = field(default=True, metadata={"help": "weigh forget tokens by how much of them is knowledge"})
+    refusal: float = field(default=1.0, metadata={"help": "weight of saying `I don't know` instead, 0: not taught"})
+    forget_end: bool = field(default=False, metadata={"help": "unlearn the end of turn too (published)"})
     retention: str = field(default="distill", metadata={"help": "distill (to the frozen model) or nll (published)"})
     probe_every: int = field(default=4, metadata={"help": "steps between two looks at the forget probe"})
-    stop_ratio: float = field(default=0.001, metadata={"help": "stop when the probe's probability fell to this share"})
+    stop_ratio: float = field(default=0.005, metadata={"help": "stop when the probe's probability fell to this share"})
     save_steps: int = field(default=0, metadata={"help": "a checkpoint every so many steps, 0: none"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, more time"})
     seed: int = field(default=0, metadata={"help": "random seed"})
@@ -51,8 +53,8 @@ class TrainConfig:
             raise UserError(f"The number of steps must lie between 1 and 10000, and {self.max_steps} does not.")
         if not 1 <= self.batch_size <= 256:
             raise UserError(f"The batch size must lie between 1 and 256, and {self.batch_size} does not.")
-        if self.retention not in ("distill", "nll") or self.forgetting not in ("auto", "redistribute", "ihl"):
-            raise UserError("retention is distill or nll, forgetting is auto, redistribute or ihl.")
+        if self.retention not in ("distill", "nll"):
+            raise UserError(f"retention is distill or nll, not {self.retention!r}.")
         if not 0 < self.stop_ratio < 1:
             raise UserError(f"stop_ratio is a share between 0 and 1, and {self.stop_ratio} is not.")
 
@@ -68,13 +70,11 @@ class Record:
     entropy: torch.Tensor  # (T,) S_q
     top_ids: torch.Tensor  # (K, TOP) likeliest next tokens at the answer positions
     top_log_p: torch.Tensor  # (K, TOP)
-    log_p: torch.Tensor  # (K,) log-probability of each answer token
-    weight: torch.Tensor  # (K,) how much of the token is knowledge, 0 to 1, see `knowledge_weights`
     plan: Plan | None = None  # (1, T, ...) once the router is fitted
 
 
 @torch.no_grad()
-def phase_one(lm: LM, samples: list[Sample], config, batch_tokens: int = 4096, tick=None) -> list[Record]:
+def phase_one(lm: LM, samples: list[Sample], config, batch_tokens: int = 4096, tick=None, first: int = 0):
     """Frozen pass over `samples`; sets `sample.index`. Batches hold `batch_tokens` tokens at most.
 
     Args:
@@ -91,25 +91,11 @@ def phase_one(lm: LM, samples: list[Sample], config, batch_tokens: int = 4096, t
             t, k = len(samples[i].ids), len(samples[i].ids) - samples[i].start
             log_p = out.logits[row, -k - 1 : -1].float().log_softmax(-1)
             top = log_p.topk(min(TOP, log_p.shape[-1]), -1)
-            labels = torch.tensor(samples[i].ids[-k:], device=log_p.device)
-            own = log_p.gather(-1, labels[:, None]).squeeze(-1).cpu()
-            weight = (torch.tensor(samples[i].ids[-k:]) != lm.tokenizer.eos_token_id).float()
-            found = top.indices.cpu(), top.values.cpu()
-            records[i] = Record(hidden[row, -t:], entropy[row, -t:], *found, own, weight)
-            samples[i].index = i
+            records[i] = Record(hidden[row, -t:], entropy[row, -t:], top.indices.cpu(), top.values.cpu())
+            samples[i].index = first + i
         if tick:
             tick(sum(r is not None for r in records), len(records))
     return records
-
-
-def knowledge_weights(records: list[Record], contrast: list[Record]) -> None:
-    """Set `weight` of forget records from the same answers after somebody else's question.
-
-    weight = 1 - p(token | other question) / p(token | its question), at least 0: what the words before it or the
-    style of the set give away is no knowledge of the question's subject, and is left alone.
-    """
-    for own, other in zip(records, contrast, strict=True):
-        own.weight = own.weight * (1 - (other.log_p - own.log_p).exp()).clamp(0, 1)
 
 
 def length_batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
@@ -143,19 +129,23 @@ class Deck:
 
 
 class Pairs(Dataset):
-    """A forget sample with a retain sample, `length` of them, drawn with the seed.
+    """A forget sample with a retain sample, `length` of them, drawn with the seed; with every second one a refusal.
 
     The sub-domains take turns, whatever their sizes: each expert learns only from its own, so a small one would
     otherwise lag behind when training stops.
     """
 
-    def __init__(self, forget: list[Sample], retain: list[Sample], length: int, seed: int):
+    def __init__(self, forget: list[Sample], retain: list[Sample], length: int, seed: int, refusals=()):
         rng = random.Random(seed)
         domains = sorted({s.label for s in forget})
         decks = {d: Deck([s for s in forget if s.label == d], rng) for d in domains}
         keep = Deck(retain, rng) if retain else None
         draws = (decks[domains[i % len(domains)]].draw() for i in range(length))
         self.pairs = [[sample, *([keep.draw()] if keep else [])] for sample in draws]
+        if refusals:
+            decks = {d: Deck([s for s in refusals if s.label == d], rng) for d in domains}
+            for i, pair in enumerate(self.pairs[::REFUSAL_EVERY]):
+                pair.append(decks[domains[i % len(domains)]].draw())
 
     def __len__(self):
         return len(self.pairs)
@@ -216,18 +206,20 @@ class AlterTrainer(AnswerTrainer):
         loss = logits.new_zeros((), dtype=torch.float32)
         top_ids = torch.cat([r.top_ids for r in records]).to(logits.device)  # (n, TOP), in the order of logits
         top_log_p = torch.cat([r.top_log_p for r in records]).to(logits.device)
-        on = (domain > 0) & ~high if c.forgetting == "ihl" else domain > 0
+        refusal = batch["refusal"][:, None].expand(-1, k)[answer]
+        on = (domain > 0) & ~refusal & ~high
+        if not c.forget_end:
+            on &= target != self.processing_class.eos_token_id
         if on.any():
-            weight = torch.cat([r.weight for r in records]).to(logits.device)[on]  # (m,)
-            if not c.weighted:
-                weight = torch.ones_like(weight)
-            if c.forgetting == "ihl":
-                per_token = weight * losses.inverted_hinge_loss(logits[on], target[on])
-            else:
-                per_token = losses.redistribution(logits[on], target[on], top_ids[on], top_log_p[on], weight)
+            per_token = losses.inverted_hinge_loss(logits[on], target[on])
             # sum over the sub-domains of the mean over each one's tokens
             forget = sum(per_token[domain[on] == d].mean() for d in domain[on].unique())
             loss, self.parts["forget"] = loss + c.beta * forget, forget.item()
+        if refusal.any():
+            instead = losses.nll(logits[refusal], target[refusal]).mean()
+            # IHL hardly moves a token of p near 1: what is still memorised comes first, what to say instead after it
+            gone = 1 - (-losses.nll(logits[on], target[on])).exp().mean().nan_to_num(0).detach()
+            loss, self.parts["refusal"] = loss + c.refusal * gone * instead, instead.item()
         if (on := domain == 0).any():
             if c.retention == "nll":
                 retain = losses.nll(logits[on], target[on]).mean()
@@ -279,12 +271,13 @@ def padded_plan(records: list[Record], batch: dict, act_on_retain: bool) -> Plan
 
 
 def collate_pairs(pad_id: int, device):
-    """Forget samples first, then retain samples, in one batch."""
+    """Forget samples first, then retain samples, then refusals, in one batch."""
 
     def join(pairs: list[list[Sample]]) -> dict:
-        samples = [p[0] for p in pairs] + [p[1] for p in pairs if len(p) > 1]
+        samples = [s for column in itertools.zip_longest(*pairs) for s in column if s is not None]
         batch = collate(samples, pad_id)
-        return batch | {"index": [s.index for s in samples], "label": torch.tensor([s.label for s in samples])}
+        batch["index"] = [s.index for s in samples]
+        return batch | {name: torch.tensor([getattr(s, name) for s in samples]) for name in ("label", "refusal")}
 
     return join
 

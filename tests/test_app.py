@@ -72,17 +72,21 @@ def choose_model(page, tiny):
     box.press("Enter")
 
 
+def start(page, tiny, file, steps):
+    choose_model(page, tiny)
+    page.locator("input[type=file]").first.set_input_files(file)
+    page.get_by_role("button", name="More settings").click()
+    page.get_by_label("number input for Steps at most").fill(str(steps))
+    page.get_by_label("number input for Questions per group to measure with").fill("4")
+    page.get_by_role("button", name="Unlearn").click()
+
+
 def status(page):
     return page.locator("#status")
 
 
 def test_a_whole_run_then_compare_and_tokens(page, server, tiny, own_data):
-    choose_model(page, tiny)
-    page.locator("input[type=file]").first.set_input_files(own_data[0])
-    page.get_by_role("button", name="More settings").click()
-    page.get_by_label("number input for Steps at most").fill("6")
-    page.get_by_label("number input for Questions per group to measure with").fill("4")
-    page.get_by_role("button", name="Unlearn").click()
+    start(page, tiny, own_data[0], steps=6)
     expect(status(page)).to_contain_text("Done: 6 steps", timeout=240_000)
     assert re.search(r"forget held out", page.locator(".table-wrap").first.inner_text())
     (run,) = [p for p in (server[1] / "runs").iterdir() if p.is_dir()]
@@ -110,12 +114,7 @@ def test_a_whole_run_then_compare_and_tokens(page, server, tiny, own_data):
 
 def test_stop_keeps_the_run(page, server, tiny, own_data):
     before = set((server[1] / "runs").glob("*/metrics.json"))
-    choose_model(page, tiny)
-    page.locator("input[type=file]").first.set_input_files(own_data[0])
-    page.get_by_role("button", name="More settings").click()
-    page.get_by_label("number input for Steps at most").fill("200")
-    page.get_by_label("number input for Questions per group to measure with").fill("4")
-    page.get_by_role("button", name="Unlearn").click()
+    start(page, tiny, own_data[0], steps=200)
     expect(status(page)).to_contain_text("Step", timeout=120_000)
     page.get_by_role("button", name="Stop and keep").click()
     expect(status(page)).to_contain_text("stopped by hand", timeout=120_000)

@@ -51,6 +51,10 @@ def test_benchmarks_from_a_folder(name, monkeypatch):
     assert len(made.forget) == sizes[name] and len(made.retain) > 40 and made.neighbours
     if name.startswith("tofu"):
         assert all(i.perturbed_answer for i in made.forget)
+        few = made.smaller(20)  # a small model is measured on what it was taught
+        assert len(few.retain) == 20 and few.neighbours == few.retain
+    with pytest.raises(UserError, match="retain item"):
+        made.smaller(0)
 
 
 def test_benchmark_without_hub_or_folder(monkeypatch, tmp_path):

@@ -1,6 +1,6 @@
 import torch
 
-from alter_demo.losses import distillation, inverted_hinge_loss, nll, redistribution
+from alter_demo.losses import distillation, inverted_hinge_loss, nll
 
 
 def test_ihl_value_by_hand():
@@ -40,19 +40,6 @@ def test_distillation_is_kl_when_all_tokens_are_kept():
     few = frozen.log_softmax(-1).topk(3)
     assert (distillation(adapted, few.indices, few.values) <= full + 1e-6).all()
     assert distillation(frozen, few.indices, few.values).abs().max() < 1e-6
-
-
-def test_redistribution_is_zero_only_where_the_right_token_is_gone():
-    torch.manual_seed(0)
-    frozen, labels = torch.randn(6, 9), torch.arange(6)
-    top = frozen.log_softmax(-1).topk(9)
-    without = frozen.scatter(1, labels[:, None], -1e9)
-    one = torch.ones(6)
-    assert redistribution(without, labels, top.indices, top.values, one).abs().max() < 1e-6
-    assert redistribution(frozen, labels, top.indices, top.values, 0 * one).abs().max() < 1e-6
-    # KL(p without the token || p) = -log(1 - p_true)
-    p_true = frozen.softmax(-1)[torch.arange(6), labels]
-    assert torch.allclose(redistribution(frozen, labels, top.indices, top.values, one), -(1 - p_true).log(), atol=1e-5)
 
 
 def test_nll():

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from alter_demo.data import load_forget_set
 from alter_demo.errors import UserError
 from alter_demo.learn import LearnConfig, learn
 from alter_demo.runs import VARIANTS, UnlearnConfig
-from alter_demo.training import TrainConfig
+from alter_demo.training import Pairs, TrainConfig
 
 FEW = 6
 
@@ -73,6 +74,28 @@ def test_unlearning_lowers_the_forget_answers_and_spares_the_rest(taught, made):
     retain = [[i.question for i in made.retain], [i.answer for i in made.retain]]
     change = torch.tensor(run.log_probs(*retain)) - torch.tensor(run.log_probs(*retain, adapted=False))
     assert change.abs().mean() < drop.abs().mean() / 4
+
+
+def test_it_learns_to_say_that_it_does_not_know(taught, made):
+    said = data.read_set("unknown")
+    questions = [i.question for i in made.forget]
+    change = {}
+    for weight in (0.0, 1.0):
+        train = quick(max_steps=20, lr_b=1e-2, batch_size=4, refusal=weight)
+        run = unlearn(str(taught), made, UnlearnConfig(threshold="auto", n_experts=2), train, None, None, False)
+        pairs = [[q for q in questions for _ in said[:3]], said[:3] * len(questions)]
+        after, before = run.log_probs(*pairs), run.log_probs(*pairs, adapted=False)
+        change[weight] = torch.tensor(after).mean() - torch.tensor(before).mean()
+    assert change[1.0] > 0.5 and change[1.0] > change[0.0] + 0.2
+
+
+def test_every_sub_domain_gets_refusals():
+    forget = [data.Sample([1, 2], 1, label=d) for d in (1, 2, 2, 3)]
+    refusals = [replace(s, refusal=True) for s in forget]
+    pairs = Pairs(forget, [data.Sample([1, 2], 1)], 24, 0, refusals)
+    found = [s.label for pair in pairs for s in pair if s.refusal]
+    assert sorted(found) == [1] * 4 + [2] * 4 + [3] * 4
+    assert [pair[0].label for pair in pairs][:4] == [1, 2, 3, 1] and all(pair[1].label == 0 for pair in pairs)
 
 
 def test_token_records(tiny, made):
