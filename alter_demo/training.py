@@ -24,7 +24,7 @@ from .errors import UserError
 from .models import LM
 from .routing import Plan
 
-REFUSAL_EVERY = 2  # forget samples to a refusal
+REFUSAL_EVERY = 1  # forget samples to a refusal
 TOP = 64  # the frozen model's likeliest tokens kept per position for distillation
 
 
@@ -39,7 +39,7 @@ class TrainConfig:
     beta: float = field(default=1.0, metadata={"help": "weight of forgetting"})
     gamma: float = field(default=1.0, metadata={"help": "weight of retention"})
     structure: float = field(default=0.01, metadata={"help": "lambda, weight of the structure term"})
-    refusal: float = field(default=1.0, metadata={"help": "weight of saying `I don't know` instead, 0: not taught"})
+    refusal: float = field(default=3.0, metadata={"help": "weight of saying `I don't know` instead, 0: not taught"})
     forget_end: bool = field(default=False, metadata={"help": "unlearn the end of turn too (published)"})
     retention: str = field(default="distill", metadata={"help": "distill (to the frozen model) or nll (published)"})
     probe_every: int = field(default=4, metadata={"help": "steps between two looks at the forget probe"})
