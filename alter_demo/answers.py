@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -116,7 +117,10 @@ def key(lm: LM) -> str:
 
 
 def own_file(lm: LM) -> Path:
-    return cache_dir() / "answers" / f"{key(lm)}-{lm.dtype}.json"
+    """Cache of a model's answers; weights that change in a folder get a new one."""
+    weights = [f for p in (lm.name, lm.adapter) if p for f in sorted(Path(p).glob("*.safetensors"))]
+    stamp = hashlib.sha256(repr([(f.name, f.stat().st_mtime_ns) for f in weights]).encode()).hexdigest()[:8]
+    return cache_dir() / "answers" / f"{key(lm)}-{lm.dtype}{f'-{stamp}' if weights else ''}.json"
 
 
 def write_json(path: Path, value) -> None:

@@ -10,6 +10,7 @@ import os
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
+import json
 import queue
 import threading
 import time
@@ -130,13 +131,17 @@ def launch(demo: gr.Blocks, **kwargs):
 
 
 def expected_time() -> str:
-    """One line on the device, from a measured run and without importing torch."""
+    """One line on the device and on the last run here, without importing torch."""
     gpu = any(Path("/dev").glob("nvidia[0-9]*"))
     where = "on the GPU" if gpu else "on the CPU: no GPU was found"
-    return (
-        f"Runs {where}. Measured on 2 CPU cores: about two minutes to unlearn the built-in set, two more to measure; "
-        "the first use fetches the model (93 MB), once."
-    )
+    last = "A run takes minutes on a few CPU cores (README: Measured)"
+    for name in run_names()[:1]:
+        try:
+            seconds = json.loads((RUNS / name / "metrics.json").read_text(encoding="utf-8"))["seconds"]
+            last = f"The last run here took {seconds['unlearn']:.0f} s, and {seconds['evaluate']:.0f} s of measuring"
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # a damaged run must not keep the page from opening
+    return f"Runs {where}. {last}. The first use fetches the model (93 MB), once."
 
 
 def run_names() -> list[str]:
