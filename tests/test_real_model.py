@@ -32,7 +32,8 @@ def test_it_forgets_harry_potter_and_only_that():
     before, after = run.metrics["before"], run.metrics["after"]
     held_out = "forget_held_out"
     assert after[held_out]["probability"] < 0.05 * before[held_out]["probability"]
-    assert after[held_out]["rouge_l"] < 0.4 * before[held_out]["rouge_l"]
+    assert after[held_out]["rouge_l"] < 0.2 * before[held_out]["rouge_l"]
+    assert after[held_out]["repetition"] < before[held_out]["repetition"] + 0.02
     for group in ("neighbours", "general"):
         assert after[group]["probability"] > 0.97 * before[group]["probability"]
         assert after[group]["rouge_l_to_base"] > 0.9
