@@ -24,7 +24,6 @@ from .errors import UserError
 from .models import LM
 from .routing import Plan
 
-REFUSAL_EVERY = 1  # forget samples to a refusal
 TOP = 64  # the frozen model's likeliest tokens kept per position for distillation
 
 
@@ -129,7 +128,7 @@ class Deck:
 
 
 class Pairs(Dataset):
-    """A forget sample with a retain sample, `length` of them, drawn with the seed; with every second one a refusal.
+    """A forget sample with a retain sample and a refusal, `length` of them, drawn with the seed.
 
     The sub-domains take turns, whatever their sizes: each expert learns only from its own, so a small one would
     otherwise lag behind when training stops.
@@ -144,8 +143,8 @@ class Pairs(Dataset):
         self.pairs = [[sample, *([keep.draw()] if keep else [])] for sample in draws]
         if refusals:
             decks = {d: Deck([s for s in refusals if s.label == d], rng) for d in domains}
-            for i, pair in enumerate(self.pairs[::REFUSAL_EVERY]):
-                pair.append(decks[domains[i % len(domains)]].draw())
+            for pair in self.pairs:
+                pair.append(decks[pair[0].label].draw())
 
     def __len__(self):
         return len(self.pairs)

@@ -94,7 +94,7 @@ def test_every_sub_domain_gets_refusals():
     refusals = [replace(s, refusal=True) for s in forget]
     pairs = Pairs(forget, [data.Sample([1, 2], 1)], 24, 0, refusals)
     found = [s.label for pair in pairs for s in pair if s.refusal]
-    assert sorted(found) == [1] * 4 + [2] * 4 + [3] * 4
+    assert sorted(found) == [1] * 8 + [2] * 8 + [3] * 8
     assert [pair[0].label for pair in pairs][:4] == [1, 2, 3, 1] and all(pair[1].label == 0 for pair in pairs)
 
 
