@@ -68,7 +68,7 @@ def build() -> gr.Blocks:
                 status = gr.Markdown(expected_time(), elem_id="status")
             with gr.Column(scale=3):
                 loss = gr.LinePlot(
-                    pd.DataFrame(columns=LOSS_COLUMNS), x="step", y="value", color="part", height=300,
+                    None, x="step", y="value", color="part", height=300,
                     title="Loss by part, and the forget probe (probability)",
                 )  # fmt: skip
                 numbers = gr.Dataframe(
@@ -197,7 +197,7 @@ def unlearn_job(model, forget, upload, steps, rank, experts, limit, variant, req
             if kind == "stage":
                 line = f"{what[:1].upper()}{what[1:]}: {of:.0%}."
             else:
-                parts = {k: what[k] for k in ("forget", "retain", "structure", "probe") if k in what}
+                parts = {k: what[k] for k in ("forget", "retain", "refusal", "structure", "probe") if k in what}
                 rows += [{"step": what["step"], "value": v, "part": k} for k, v in parts.items()]
                 left = (of - what["step"]) * what["seconds"] / what["step"]
                 line = f"Step {what['step']} of at most {of}, {left:.0f} s left at most."
@@ -217,8 +217,9 @@ def unlearn_job(model, forget, upload, steps, rank, experts, limit, variant, req
     )  # fmt: skip
 
 
-def loss_frame(rows: list[dict]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=LOSS_COLUMNS)
+def loss_frame(rows: list[dict]) -> pd.DataFrame | None:
+    # nothing rather than an empty frame: the plot would fix its types and colours from that, and never draw a line
+    return pd.DataFrame(rows, columns=LOSS_COLUMNS) if rows else None
 
 
 def number_rows(metrics: dict) -> list[list[str]]:

@@ -89,6 +89,7 @@ def test_a_whole_run_then_compare_and_tokens(page, server, tiny, own_data):
     start(page, tiny, own_data[0], steps=6)
     expect(status(page)).to_contain_text("Done: 6 steps", timeout=240_000)
     assert re.search(r"forget held out", page.locator(".table-wrap").first.inner_text())
+    assert page.locator("svg .plot_marks path").count() >= 4  # a line for each part of the loss, and the probe
     (run,) = [p for p in (server[1] / "runs").iterdir() if p.is_dir()]
     assert (run / "metrics.json").is_file()
 
