@@ -41,8 +41,8 @@ def build() -> gr.Blocks:
         gr.Markdown("# Make a language model forget, and only that")
         gr.Markdown(
             "ALTER trains a small adapter on a frozen model. Every token is routed by how sure the model is: uncertain "
-            "ones through a shared matrix A, confident ones through one expert B. Everything on this page is computed "
-            "when you press the button."
+            "ones through a shared matrix A, confident ones through one expert B. **Press Unlearn, then ask both "
+            "models below, then look at the tokens.** Everything on this page is computed when you press the button."
         )
         with gr.Row():
             with gr.Column(scale=2):
@@ -81,7 +81,7 @@ def build() -> gr.Blocks:
             prompt = gr.Textbox(
                 "What is the name of Harry Potter's school?", label="Question", scale=3, max_length=4000
             )
-            ask = gr.Button("Ask both", variant="primary", scale=1)
+            ask = gr.Button("Ask both", scale=1)
         with gr.Row():
             before = gr.Textbox(label="Before (the untouched model)", lines=4, interactive=False, elem_id="before")
             after = gr.Textbox(label="After", lines=4, interactive=False, elem_id="after")

@@ -312,22 +312,22 @@ def prepare(lm: LM, made: ForgetSet, config: UnlearnConfig, train: TrainConfig, 
     if wanted != "auto":
         resolve_threshold(wanted, torch.empty(0), config.q, vocab)
     records = phase_one(lm, samples, alter, tick=lambda a, b: stage("phase I: frozen pass", a / b))
-    refusals = []
-    if train.refusal and all(i.question for i in source):
-        unknown = read_set("unknown")
-        refusals = rendered([replace(i, answer=rng.choice(unknown), lead="") for i in source])
-        records += phase_one(lm, refusals, alter, first=len(records))
-    at_answers = torch.cat([r.entropy[s.start - 1 : -1] for r, s in zip(records, samples, strict=False)])
+    at_answers = torch.cat([r.entropy[s.start - 1 : -1] for r, s in zip(records, samples, strict=True)])
     alter.threshold = resolve_threshold(wanted, at_answers, config.q, vocab)
     stage("phase I: sub-domains and router", 0.0)
     labels, scores = discover(records[: len(forget)], forget, alter, config.n_experts, train.seed)
     for sample, label in zip(forget, labels, strict=True):
         sample.label = int(label)
-    for refusal, sample in zip(refusals, forget, strict=False):
-        refusal.label, refusal.refusal = sample.label, True
     alter.n_experts = config.n_experts or int(labels.max())
-    gate, gate_threshold, report = fit_gate(records[: len(samples)], samples, alter, train.seed)
+    gate, gate_threshold, report = fit_gate(records, samples, alter, train.seed)
     alter.gate_threshold = gate_threshold
+    refusals = []  # made after the gate is fitted: "I don't know" says nothing about the subject
+    if train.refusal and all(i.question for i in source):
+        unknown = read_set("unknown")
+        refusals = rendered([replace(i, answer=rng.choice(unknown), lead="") for i in source])
+        for refusal, sample in zip(refusals, forget, strict=True):
+            refusal.label, refusal.refusal = sample.label, True
+        records += phase_one(lm, refusals, alter, first=len(records))
     for record in records:
         mask = torch.ones(1, len(record.entropy))
         x = sample_features(record, alter)[None]

@@ -73,12 +73,15 @@ class Record:
 
 
 @torch.no_grad()
-def phase_one(lm: LM, samples: list[Sample], config, batch_tokens: int = 4096, tick=None, first: int = 0):
+def phase_one(
+    lm: LM, samples: list[Sample], config, batch_tokens: int = 4096, tick=None, first: int = 0
+) -> list[Record]:
     """Frozen pass over `samples`; sets `sample.index`. Batches hold `batch_tokens` tokens at most.
 
     Args:
         config: AlterConfig, for q and the feature layer.
         tick: called with the number of samples done, for a progress bar.
+        first: index of the first sample, where these join others.
     """
     records: list[Record | None] = [None] * len(samples)
     for batch in length_batches([len(s.ids) for s in samples], batch_tokens):

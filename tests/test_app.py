@@ -75,10 +75,24 @@ def choose_model(page, tiny):
 def start(page, tiny, file, steps):
     choose_model(page, tiny)
     page.locator("input[type=file]").first.set_input_files(file)
+    expect(page.locator(".file-preview").first).to_be_visible(timeout=30_000)  # the upload has arrived
     page.get_by_role("button", name="More settings").click()
-    page.get_by_label("number input for Steps at most").fill(str(steps))
-    page.get_by_label("number input for Questions per group to measure with").fill("4")
+    set_slider(page, "Steps at most", steps)
+    set_slider(page, "Questions per group to measure with", 4)
     page.get_by_role("button", name="Unlearn").click()
+
+
+def set_slider(page, label, value):
+    """Type a value and see the slider itself follow: on a busy machine the page may still be drawing its parts."""
+    number = page.get_by_label(f"number input for {label}")
+    slider = page.get_by_label(f"range slider for {label}")
+    for _ in range(20):
+        number.fill(str(value))
+        number.press("Tab")
+        page.wait_for_timeout(250)
+        if number.input_value() == slider.input_value() == str(value):
+            return
+    raise AssertionError(f"{label} stays at {slider.input_value()}")
 
 
 def status(page):
