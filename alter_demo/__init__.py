@@ -9,6 +9,11 @@ Imports are lazy: `import alter_demo` costs nothing, the first use of a name bri
 from importlib import import_module
 
 __version__ = "0.1.0"
+# the keys of methods.METHODS, for a page that is up before torch is
+METHOD_NAMES = (
+    "grad_ascent", "grad_diff", "kl_min", "npo", "npo_kl", "npo_gd", "simnpo", "idk_dpo", "rmu", "random_labels",
+    "elm", "lora", "asym_lora", "alter", "alter_selective",
+)  # fmt: skip
 
 _HOMES = {
     "load_model": "models",
@@ -19,6 +24,9 @@ _HOMES = {
     "FORGET_SETS": "data",
     "AlterConfig": "adapter",
     "TrainConfig": "training",
+    "train_config": "training",
+    "METHODS": "methods",
+    "evaluate": "evaluate",
     "UnlearnConfig": "runs",
     "Run": "runs",
     "unlearn": "runs",

@@ -315,6 +315,8 @@ class AlterModel(BaseTuner):
 
     def _pre_injection_hook(self, model, config, adapter_name) -> None:
         if not hasattr(model, "token_router"):
+            # PEFT takes the router for an adapter that is there already, and would leave the base trainable
+            model.requires_grad_(False)
             model.token_router = TokenRouter(RoutingState())
             model.token_router.inner_forward = model.__dict__.get("forward")
             # generate() reads the signature to decide what it passes (position_ids), so the wrapper keeps it

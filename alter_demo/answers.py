@@ -7,7 +7,7 @@ import json
 import os
 import re
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -58,20 +58,43 @@ def eos_ids(lm: LM) -> list[int]:
     return sorted({i for i in [*own, lm.tokenizer.eos_token_id] if i is not None})
 
 
+@dataclass
+class AnswerScores:
+    """One answer under teacher forcing, K tokens with the end of turn last."""
+
+    log_p: list[float]  # (K,) of each token given those before
+    hits: list[bool]  # (K,) whether it is the likeliest
+    z: list[float]  # (K,) log_p in standard deviations from the mean over the vocabulary (Min-K%++)
+
+
 @torch.no_grad()
-def log_probs(lm: LM, questions: list[str], answers: list[str], model=None) -> list[float]:
-    """Mean log-probability per answer token, end of turn included, in the order given."""
+def answer_scores(lm: LM, questions: list[str], answers: list[str], model=None, full=True) -> list[AnswerScores]:
+    """Scores of each answer's tokens, in the order given. `full=False` leaves hits and z empty and is faster."""
     model = model or lm.model
     samples = [render(lm.tokenizer, Item(q, a))[0] for q, a in zip(questions, answers, strict=True)]
-    result = [0.0] * len(samples)
+    result: list[AnswerScores | None] = [None] * len(samples)
     for batch in length_batches([len(s.ids) for s in samples], BATCH_TOKENS):
         b = collate([samples[i] for i in batch], lm.tokenizer.pad_token_id, lm.device)
         logits = model(**inputs(b), logits_to_keep=b["keep"], use_cache=False).logits[:, :-1]
         for row, i in enumerate(batch):
             on = b["answer"][row]
-            log_p = logits[row, on].float().log_softmax(-1).gather(-1, b["labels"][row, on][:, None])
-            result[i] = log_p.mean().item()
+            labels = b["labels"][row, on]
+            all_log_p = logits[row, on].float().log_softmax(-1)  # (K, V)
+            log_p = all_log_p.gather(-1, labels[:, None])[:, 0]
+            hits, z = [], []
+            if full:
+                hits = (all_log_p.argmax(-1) == labels).tolist()
+                p = all_log_p.exp()
+                mean = (p * all_log_p).sum(-1)
+                variance = (p * all_log_p.square()).sum(-1) - mean.square()
+                z = ((log_p - mean) / variance.clamp_min(1e-6).sqrt()).tolist()
+            result[i] = AnswerScores(log_p.tolist(), hits, z)
     return result
+
+
+def log_probs(lm: LM, questions: list[str], answers: list[str], model=None) -> list[float]:
+    """Mean log-probability per answer token, end of turn included, in the order given."""
+    return [sum(s.log_p) / len(s.log_p) for s in answer_scores(lm, questions, answers, model, full=False)]
 
 
 def is_right(answer: str, item: Item) -> bool:

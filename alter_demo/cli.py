@@ -71,9 +71,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--retain-items", type=int, help="only so many of the retain items, as in learn")
     sub.add_argument("--name", help="name of the run")
     sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
-    sub.add_argument("--variant", default="selective", help="selective (leaves the rest alone) or published")
-    sub.add_argument("--steps", type=int, default=120, help="steps at most")
-    sub.add_argument("--batch-size", type=int, default=4, help="forget samples a step")
+    sub.add_argument("--method", default="alter_selective", help="alter_selective, alter (as published) or a rival")
+    sub.add_argument("--steps", type=int, help="steps at most (default: the method's own)")
+    sub.add_argument("--batch-size", type=int, help="forget samples a step (default: 4)")
+    sub.add_argument("--lr", type=float, help="learning rate of the rivals (default: the method's own)")
     sub.add_argument("--rank", type=int, default=8, help="rank of A and B")
     sub.add_argument("--experts", type=int, help="forgetting experts, 1 to 8 (default: found by clustering)")
     sub.add_argument("--q", type=float, default=1.5, help="order of the Tsallis entropy")
@@ -125,15 +126,14 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
 def do_unlearn(args) -> None:
     from .data import load_forget_set
     from .runs import UnlearnConfig, run_folder, unlearn
-    from .training import TrainConfig
+    from .training import train_config
 
-    extra = {"stop_ratio": args.stop_ratio} if args.stop_ratio is not None else {}
-    train = TrainConfig(
-        max_steps=args.steps, batch_size=args.batch_size, seed=args.seed,
-        gradient_checkpointing=args.gradient_checkpointing, **extra,
+    train = train_config(
+        args.method, max_steps=args.steps, batch_size=args.batch_size, seed=args.seed, lr=args.lr,
+        stop_ratio=args.stop_ratio, gradient_checkpointing=args.gradient_checkpointing,
     )  # fmt: skip
     config = UnlearnConfig(
-        variant=args.variant,
+        method=args.method,
         threshold=args.threshold,
         n_experts=args.experts,
         r=args.rank,
@@ -305,16 +305,18 @@ def show_run(run) -> None:
     before, after = run.metrics["before"], run.metrics["after"]
     table = new_table("group", "items", "probability", "ROUGE-L", "like the base's", "repetition")
     for group, b in before.items():
-        if isinstance(b, dict):
-            a = after[group]
-            pairs = [f"{b[k]:.4f} → {a[k]:.4f}" for k in ("probability", "rouge_l", "rouge_l_to_base", "repetition")]
-            table.add_row(group, str(run.metrics["data"][group]), *pairs)
+        if group in ("summary", "holdout"):
+            continue
+        a = after[group]
+        pairs = [f"{b[k]:.4f} → {a[k]:.4f}" for k in ("probability", "rouge_l", "rouge_l_to_base", "repetition")]
+        table.add_row(group, str(run.metrics["data"][group]), *pairs)
     console().print(table)
-    if "forget_quality" in after.get("forget", {}):
-        console().print(
-            f"forget quality against the retain-only model: p = {after['forget']['forget_quality']:.3g} "
-            f"(before {before['forget']['forget_quality']:.3g})"
-        )
+    names = ("model_utility", "forget_quality", "extraction_strength", "forget_truth_ratio", "privleak")
+    flat = [(k, before["summary"][k], after["summary"][k]) for k in names if k in after.get("summary", {})]
+    console().print("   ".join(f"{k} {b:.3g} → {a:.3g}" for k, b, a in flat))
+    if "retain_model" in run.metrics:
+        p = run.metrics["retain_model"]["forget"]["probability"]
+        console().print(f"The retain-only model gives the forget answers a probability of {p:.4f}.")
     seconds = run.metrics["seconds"]
     console().print(
         f"Unlearned in {seconds['unlearn']} s ({run.metrics['steps']} steps, {run.metrics['stopped']}), "

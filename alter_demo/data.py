@@ -49,6 +49,8 @@ class ForgetSet:
     general_held_out: list[Item]
     training: list[Item] | None = None  # what is trained on in place of `forget`, if that differs
     learned: bool = False  # made up: the model must have been taught it (`learn.py`), see `adapters`
+    more: dict[str, list[Item]] = field(default_factory=dict)  # further groups to measure, to be kept
+    holdout: list[Item] = field(default_factory=list)  # like `forget`, never taught: for membership inference
     known: bool = False  # from pre-training: only what the model answers rightly is kept, see `answers.adapt`
 
     def evaluation(self) -> dict[str, list[Item]]:
@@ -58,7 +60,13 @@ class ForgetSet:
             "forget_held_out": self.forget_held_out,
             "neighbours": self.neighbours,
             "general": self.general_held_out,
+            **self.more,
+            "holdout": self.holdout,
         }
+
+    def forgotten(self) -> dict[str, list[Item]]:
+        """The groups in which the retain-only model is the measure."""
+        return {"forget": self.forget, "forget_held_out": self.forget_held_out, "holdout": self.holdout}
 
     def smaller(self, retain: int | None) -> ForgetSet:
         """With the first `retain` retain items only, and those among the neighbours that are left."""
@@ -67,18 +75,20 @@ class ForgetSet:
         if retain < 1:
             raise UserError(f"At least one retain item must be left, and {retain} is none.")
         kept = self.retain[:retain]
-        asked = {i.question for i in kept}
-        return replace(
-            self, retain=kept, neighbours=[i for i in self.neighbours if i.question in asked] or self.neighbours
-        )
+        asked = {q for i in kept for q in (i.question, i.paraphrased_question)}
+        same = lambda items: [i for i in items if i.question in asked] or items  # noqa: E731
+        more = self.more | {k: same(v) for k, v in self.more.items() if k == "retain"}
+        others = self.retain[retain : retain + len(self.forget)]  # never taught, then
+        return replace(self, retain=kept, neighbours=same(self.neighbours), more=more, holdout=self.holdout or others)
 
     def limited(self, n: int | None, seed: int = 0) -> ForgetSet:
         """At most n items of each evaluation group, for a quick look."""
         if n is None:
             return self
-        parts = ("forget", "forget_held_out", "neighbours", "general_held_out")
+        parts = ("forget", "forget_held_out", "neighbours", "general_held_out", "holdout")
         pick = {k: sample(getattr(self, k), n, seed) for k in parts}
-        return replace(self, training=self.training or self.forget, **pick)
+        more = {k: sample(v, n, seed) for k, v in self.more.items()}
+        return replace(self, training=self.training or self.forget, more=more, **pick)
 
 
 def sample(items: list, n: int, seed: int) -> list:
@@ -167,9 +177,10 @@ def imaginary_authors() -> ForgetSet:
     train, held_out = general_items()
     # the retained authors are also what is measured, as in TOFU; neighbours are their questions asked differently
     keep = items[:160]
+    others = [Item(row["question"], row["answer"], topic=row["author"]) for row in read_set("imaginary_holdout")]
     return ForgetSet(
         "imaginary-authors", items[160:], keep, train, asked_differently(items[160:]), asked_differently(keep),
-        held_out, learned=True,
+        held_out, learned=True, more={"retain": keep}, holdout=others,
     )  # fmt: skip
 
 
@@ -182,18 +193,23 @@ def tofu(split: str) -> ForgetSet:
     forget = benchmark("tofu", f"{split}_perturbed", "locuslab/TOFU")
     retain = benchmark("tofu", f"retain{100 - percent}", "locuslab/TOFU")
     held_out = benchmark("tofu", "retain_perturbed", "locuslab/TOFU")
-    seen = {i.question for i in held_out}
+    seen = {(i.question, i.answer) for i in held_out}
     train, general = general_items()
     return ForgetSet(
         f"tofu-{split}",
         forget,
         # what is measured comes first, so that a small model that learns the first few is measured on those
-        [*held_out, *(i for i in retain if i.question not in seen)],
+        [*held_out, *(i for i in retain if (i.question, i.answer) not in seen)],
         train,
         asked_differently(forget),
-        held_out,
+        asked_differently(held_out),
         general,
         learned=True,
+        more={
+            "retain": held_out,
+            "real_authors": benchmark("tofu", "real_authors_perturbed", "locuslab/TOFU"),
+            "world_facts": benchmark("tofu", "world_facts_perturbed", "locuslab/TOFU"),
+        },
     )
 
 

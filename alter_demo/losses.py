@@ -23,6 +23,17 @@ def inverted_hinge_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
     return 1 + p_true - rival
 
 
+def unlikelihood(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """-ln(1 - p_true), (n, V) and (n,) to (n,) (Welleck et al. 2020).
+
+    Its gradient on the right token's logit is p_true itself: bounded like IHL's, but largest where IHL's vanishes, on
+    a memorised token; the mass goes to the other tokens in the model's own proportions.
+    """
+    z = logits.float()
+    rest = z.scatter(-1, labels[:, None], float("-inf")).logsumexp(-1)  # ln of the mass beside the right token
+    return z.logsumexp(-1) - rest
+
+
 def nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood, (n, V) and (n,) to (n,): retention as published."""
     return F.cross_entropy(logits.float(), labels, reduction="none")
@@ -44,3 +55,6 @@ def distillation(logits: torch.Tensor, top_ids: torch.Tensor, top_log_p: torch.T
     rest_p = (1 - p.sum(-1)).clamp_min(1e-6)
     rest_q = (1 - log_q.exp().sum(-1)).clamp_min(1e-6)
     return (p * (top_log_p - log_q)).sum(-1) + rest_p * (rest_p.log() - rest_q.log())
+
+
+FORGETTING = {"ihl": inverted_hinge_loss, "unlikelihood": unlikelihood}

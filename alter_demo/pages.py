@@ -19,6 +19,7 @@ from pathlib import Path
 import gradio as gr
 import pandas as pd
 
+from . import METHOD_NAMES
 from .data import FORGET_SETS
 from .errors import UserError
 from .models import MODELS
@@ -61,7 +62,10 @@ def build() -> gr.Blocks:
                     rank = gr.Slider(1, 32, 8, step=1, label="Rank")
                     experts = gr.Slider(0, 8, 0, step=1, label="Forgetting experts", info="0: found by clustering")
                     limit = gr.Slider(4, 100, 24, step=1, label="Questions per group to measure with")
-                    variant = gr.Radio(["selective", "published"], value="selective", label="Variant")
+                    method = gr.Dropdown(
+                        list(METHOD_NAMES), value="alter_selective", label="Method",
+                        info="alter: as published; alter_selective: leaves the rest alone; the others are rivals",
+                    )  # fmt: skip
                 with gr.Row():
                     start = gr.Button("Unlearn", variant="primary")
                     stop = gr.Button("Stop and keep")
@@ -105,7 +109,7 @@ def build() -> gr.Blocks:
 
         shared = {"concurrency_id": "model", "concurrency_limit": 1}
         job = start.click(
-            unlearn_job, [model, forget, upload, steps, rank, experts, limit, variant],
+            unlearn_job, [model, forget, upload, steps, rank, experts, limit, method],
             [status, loss, numbers, run_path], **shared, api_visibility="private",
         )  # fmt: skip
         job.then(choose_run, run_path, runs, api_visibility="private")
@@ -158,7 +162,7 @@ def choose_run(path: str = "") -> gr.Dropdown:
 # ---------------------------------------------------------------------------------------------------------- jobs
 
 
-def unlearn_job(model, forget, upload, steps, rank, experts, limit, variant, request: gr.Request):
+def unlearn_job(model, forget, upload, steps, rank, experts, limit, method, request: gr.Request):
     """Generator of (status, loss, numbers, run path); the work is done in a thread."""
     stop = STOP[request.session_hash] = threading.Event()
     updates: queue.Queue = queue.Queue()
@@ -168,13 +172,13 @@ def unlearn_job(model, forget, upload, steps, rank, experts, limit, variant, req
         try:
             with JOB:
                 from .runs import UnlearnConfig, unlearn
-                from .training import TrainConfig
+                from .training import train_config
 
                 LOADED.clear()  # frees the last run's model
                 result["run"] = run = unlearn(
                     model, str(upload) if upload else forget,
-                    UnlearnConfig(variant=variant, n_experts=int(experts) or None, r=int(rank), limit=int(limit)),
-                    TrainConfig(max_steps=int(steps)), folder=RUNS, should_stop=stop.is_set,
+                    UnlearnConfig(method=method, n_experts=int(experts) or None, r=int(rank), limit=int(limit)),
+                    train_config(method, max_steps=int(steps)), folder=RUNS, should_stop=stop.is_set,
                     on_step=lambda e, n: updates.put(("step", e, n)),
                     on_stage=lambda w, s: updates.put(("stage", w, s)),
                 )  # fmt: skip
@@ -225,7 +229,7 @@ def loss_frame(rows: list[dict]) -> pd.DataFrame | None:
 def number_rows(metrics: dict) -> list[list[str]]:
     rows = []
     for group, b in metrics["before"].items():
-        if isinstance(b, dict):
+        if "rouge_l" in b:  # not the summary, and not what was never taught
             a = metrics["after"][group]
             pair = [f"{b[k]:.3g} → {a[k]:.3g}" for k in ("probability", "rouge_l", "rouge_l_to_base")]
             rows.append([group.replace("_", " "), *pair])

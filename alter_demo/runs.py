@@ -11,33 +11,37 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
-from . import metrics
+from . import evaluate as evaluation
 from .adapter import AlterConfig
 from .answers import RETAIN_TOKENS, adapt, greedy, log_probs
-from .data import ForgetSet, Sample, adapters, load_forget_set, read_set, render
+from .data import ForgetSet, Item, Sample, adapters, load_forget_set, read_set, render
 from .entropy import PUBLISHED_THRESHOLD, entropy_range, resolve_threshold
 from .errors import UserError
-from .models import LM, check_adapter, load_model, need_disk
+from .methods import Method, get_method
+from .models import LM, check_adapter, load_model, need_disk, quiet
 from .routing import route
 from .subdomains import discover, fit_gate, sample_features
 from .training import (
-    AlterTrainer,
+    TOP,
     Pairs,
     Progress,
+    Record,
     TrainConfig,
+    UnlearnTrainer,
     arguments,
     collate_pairs,
     phase_one,
     router_state,
+    train_config,
 )
 
 RUNS = Path("runs")
@@ -48,12 +52,16 @@ PROBE_WRONG = 2  # wrong answers an item
 TOP_K = 5
 
 
+EXPERT = "Answer as an expert who knows every detail of this. "  # ELM's two views of the same question
+NOVICE = "Answer as someone who has never heard of this. "
+
+
 @dataclass
 class UnlearnConfig:
     """What a person chooses; the rest stands in AlterConfig and TrainConfig."""
 
-    variant: str = "selective"  # or "published": softmax gate, fixed threshold, retention by NLL
-    threshold: float | str | None = None  # a number, "auto", or None: the variant's own
+    method: str = "alter_selective"  # one of methods.METHODS
+    threshold: float | str | None = None  # a number, "auto", or None: the method's own
     n_experts: int | None = None  # None: found by clustering
     r: int = 8
     q: float = 1.5
@@ -61,22 +69,7 @@ class UnlearnConfig:
     general: int = 160  # everyday prompts among the retain samples
     retain: int = 240  # retain samples at most
     limit: int | None = None  # evaluation items per group, None: all
-
-
-VARIANTS = {
-    # as published: experts act everywhere, B_r learns by NLL
-    "published": {
-        "alter": {"gate": "softmax"},
-        "train": {"retention": "nll", "forget_end": True, "refusal": 0.0},
-        "threshold": PUBLISHED_THRESHOLD,
-    },
-    # calibrated two-level gate, distillation to the frozen model, threshold from the data
-    "selective": {
-        "alter": {"gate": "two_level"},
-        "train": {},
-        "threshold": "auto",
-    },
-}
+    tokens: int = 64  # length of an answer at most when measuring
 
 
 @dataclass
@@ -95,19 +88,41 @@ class TokenRecord:
 
 
 class Run:
-    """An adapted model with its record. Made by `unlearn` and `load_run`."""
+    """An unlearned model with its record. Made by `unlearn` and `load_run`.
+
+    An adapter is switched off to ask the untouched model; where all weights were trained, that is loaded again.
+    """
 
     def __init__(self, lm: LM, model, metrics: dict, path: Path | None = None):
         self.lm, self.model, self.metrics, self.path = lm, model.eval(), metrics, path
+        self.untouched = None
+        self.logs: dict[str, evaluation.Log] = {}
 
     @property
     def router(self):
-        return self.model.get_base_model().token_router
+        """The TokenRouter. Raises UserError where the method has none."""
+        inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        if not hasattr(inner, "token_router"):
+            raise UserError("This run's method has no router: only ALTER's tokens take routes.")
+        return inner.token_router
+
+    @contextmanager
+    def side(self, adapted: bool):
+        """Context that gives the model to ask: after (`adapted`) or before unlearning."""
+        if adapted:
+            yield self.model
+        elif isinstance(self.model, PeftModel):
+            with self.model.disable_adapter():
+                yield self.model
+        else:
+            if self.untouched is None:
+                self.untouched = load_model(self.lm.name, self.lm.device, self.lm.dtype, self.lm.adapter).model
+            yield self.untouched
 
     @contextmanager
     def only(self, force):
         """Context in which every token goes one way: "off", "r", or the number of a forgetting expert."""
-        state = router_state(self.model)
+        state = self.router.state
         before = state.force, state.plan
         state.force, state.plan = force, None
         try:
@@ -116,18 +131,16 @@ class Run:
             state.force, state.plan = before
 
     def answer(self, prompts: list[str], adapted: bool = True, max_new_tokens: int = 64, tick=None) -> list[str]:
-        """Greedy answers of the adapted or the untouched model."""
+        """Greedy answers of the unlearned or the untouched model."""
         if not 1 <= max_new_tokens <= 4096:
             raise UserError(f"max_new_tokens must lie between 1 and 4096, and {max_new_tokens} does not.")
-        with self.only(None if adapted else "off"):
-            return greedy(self.lm, prompts, max_new_tokens, self.model, tick)
+        with self.side(adapted) as model:
+            return greedy(self.lm, prompts, max_new_tokens, model, tick)
 
     def log_probs(self, questions: list[str], answers: list[str], adapted: bool = True) -> list[float]:
         """Mean log-probability per answer token, end of turn included."""
-        if self.model is self.lm.model:  # no adapter
-            return log_probs(self.lm, questions, answers)
-        with self.only(None if adapted else "off"):
-            return log_probs(self.lm, questions, answers, self.model)
+        with self.side(adapted) as model:
+            return log_probs(self.lm, questions, answers, model)
 
     @torch.no_grad()
     def tokens(self, text: str, adapted: bool = True, top: int = TOP_K) -> list[TokenRecord]:
@@ -138,9 +151,9 @@ class Run:
             raise UserError("There is no text to look at.")
         if len(ids) > 4096:
             raise UserError(f"The text has {len(ids)} tokens, and 4096 is the most.")
-        batch = torch.tensor([ids], device=self.lm.device)
+        batch, router = torch.tensor([ids], device=self.lm.device), self.router
         logits = self.model(input_ids=batch, use_cache=False).logits[0]
-        plan = router_state(self.model).last_plan  # the same whether the experts act or not
+        plan = router.state.last_plan  # the same whether the experts act or not
         if not adapted:
             with self.only("off"):
                 logits = self.model(input_ids=batch, use_cache=False).logits[0]
@@ -181,16 +194,19 @@ def unlearn(
     dtype: str = "auto",
     load_in_4bit: bool = False,
     resume: Path | None = None,
+    before: evaluation.Log | None = None,
+    retain_log: evaluation.Log | None = None,
     on_step: Callable[[dict, int], None] | None = None,
     on_stage: Callable[[str, float], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Run:
-    """Make a model forget, and write `folder/name/` (adapter, config.json, metrics.json, answers.json).
+    """Make a model forget, and write `folder/name/` (adapter or model, config.json, metrics.json, logs).
 
     Args:
         name: of the run, by default from the model, the set and the time. None and `folder=None` write nothing.
         adapter, retain_adapter: LoRA folders of the model that has learned the set and of the one that has learned
             everything but; for `imaginary-authors` on the built-in model they lie in `assets/`.
+        before, retain_log: logs of the target and of the retain-only model, if they were measured already.
         resume: a folder with the checkpoints of an interrupted run (`TrainConfig.save_steps`).
         on_step: called after each step with its losses and the number of steps at most.
         on_stage: called with what is being done and its share done, 0 to 1.
@@ -198,17 +214,16 @@ def unlearn(
     Raises:
         UserError: anything that a person can put right; then nothing is written.
     """
-    config, train = config or UnlearnConfig(), train or TrainConfig()
+    config = config or UnlearnConfig()
+    method, train = get_method(config.method), train or train_config(config.method)
     stage = on_stage or (lambda what, share: None)
-    if config.variant not in VARIANTS:
-        raise UserError(f"The variant is one of {', '.join(VARIANTS)}, not {config.variant!r}.")
-    train = replace(train, **VARIANTS[config.variant]["train"])
     target = run_folder(folder, name, model, forget_set) if folder is not None else None
     check_config(config)
+    if load_in_4bit and method.trains in ("full", "mlp"):
+        raise UserError(f"{config.method} trains the weights themselves, which 4-bit weights do not allow.")
     made = load_forget_set(forget_set) if isinstance(forget_set, str) else forget_set
     if isinstance(model, str):
         stage("loading the model", 0.0)
-    if isinstance(model, str):
         shipped = adapters(made.name, model) if made.learned else {}
         adapter, retain_adapter = adapter or shipped.get("target"), retain_adapter or shipped.get("retain")
         if made.learned and adapter is None:
@@ -220,47 +235,76 @@ def unlearn(
     )
     made = made.limited(config.limit)
     seed_everything(train.seed)
+    logs: dict[str, evaluation.Log] = {}
+
+    def measure(side: str, lm: LM, model, groups) -> None:
+        logs[side] = evaluation.evaluate(lm, model, groups, config.tokens, lambda w, s: stage(f"{w}, {side}", s))
+
     try:
+        seconds, started = {}, time.perf_counter()
+        if evaluate and before is not None:
+            logs["before"] = before
+        elif evaluate and method.trains in ("full", "mlp"):
+            measure("before", lm, lm.model, made.evaluation())  # its weights are about to change
+        measuring = time.perf_counter() - started
         started = time.perf_counter()
-        alter, records, forget, retain, refusals, report = prepare(lm, made, config, train, stage)
-        peft_model, history, stopped = train_experts(
-            lm, alter, records, forget, retain, refusals, report.pop("gate"), probe_items, train,
-            on_step, should_stop, resume,
-        )  # fmt: skip
-        seconds = {"unlearn": round(time.perf_counter() - started, 1)}
-        run = Run(lm, peft_model, {}, target)
+        ready = prepare(lm, made, config, method, train, stage)
+        trained, history, stopped = train_model(
+            lm, ready, config, method, train, probe_items, on_step, should_stop, resume
+        )
+        seconds["unlearn"] = round(time.perf_counter() - started, 1)
+        run = Run(lm, trained, {}, target)
         started = time.perf_counter()
-        before, after, answers = ({}, {}, [])
         if evaluate:
-            before, after, answers = measure(run, made, stage)
-            if retain_adapter is not None:
-                stage("measuring the retain-only model", 0.0)
-                add_retain_model(before, after, load_model(lm.name, lm.device, lm.dtype, retain_adapter), made)
-        seconds["evaluate"] = round(time.perf_counter() - started, 1)
+            if "before" not in logs:
+                with run.side(False) as untouched:
+                    measure("before", lm, untouched, made.evaluation())
+            measure("after", lm, run.model, made.evaluation())
+            if retain_log is not None:
+                logs["retain model"] = retain_log
+            elif retain_adapter is not None:
+                other = load_model(lm.name, lm.device, lm.dtype, retain_adapter)
+                measure("retain model", other, other.model, made.forgotten())
+        seconds["evaluate"] = round(measuring + time.perf_counter() - started, 1)
     except torch.OutOfMemoryError:
         raise UserError(
             "The GPU ran out of memory: use a smaller batch size, gradient checkpointing or 4-bit."
         ) from None
+    run.logs = logs
     run.metrics = {
-        "before": before,
-        "after": after,
+        **figures(logs),
         "seconds": seconds,
-        "config": {"unlearn": asdict(config), "train": asdict(train), "alter": alter_entries(alter)},
+        "config": {"unlearn": asdict(config), "train": asdict(train), "alter": alter_entries(ready.alter)},
         "seed": train.seed,
         "data": {"forget_set": made.name, **{k: len(v) for k, v in made.evaluation().items()}},
         "model": lm.name,
         "adapter": lm.adapter and str(Path(lm.adapter).resolve()),
-        "phase_one": report,
+        "phase_one": ready.report,
         "stopped": stopped,
         "steps": history[-1]["step"],
         "history": history,
         "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
         "hardware": lm.hardware,
         "date": time.strftime("%Y-%m-%d"),
-    }
+    }  # fmt: skip
     if target is not None:
-        write_run(run, answers, target)
+        write_run(run, target)
     return run
+
+
+def figures(logs: dict[str, evaluation.Log]) -> dict:
+    """`before` and `after` of metrics.json: means of each group, and the flat summary under the field's names."""
+    found = {"before": {}, "after": {}}
+    for side in found:
+        if side not in logs:
+            continue
+        for group, rows in logs[side].items():
+            found[side][group] = evaluation.group_figures(group, rows, logs["before"][group])
+        found[side]["summary"] = evaluation.summary(logs[side], logs.get("retain model"))
+    if "retain model" in logs:
+        rows = logs["retain model"].items()
+        found["retain_model"] = {g: evaluation.group_figures(g, r) for g, r in rows}
+    return found
 
 
 def check_config(config: UnlearnConfig) -> None:
@@ -288,8 +332,22 @@ def split_probe(made: ForgetSet) -> tuple[list, ForgetSet]:
     return probe, replace(made, forget_held_out=[x for i, x in enumerate(made.forget_held_out) if i not in chosen])
 
 
-def prepare(lm: LM, made: ForgetSet, config: UnlearnConfig, train: TrainConfig, stage):
-    """Phase I. Returns AlterConfig, records, forget and retain samples, and a report with the fitted gate."""
+@dataclass
+class Prepared:
+    """Phase I's result."""
+
+    records: list[Record]  # of all samples, by `Sample.index`
+    forget: list[Sample]
+    retain: list[Sample]
+    instead: list[Sample]  # what is said instead of the forget answers, [] where the method teaches nothing
+    report: dict
+    alter: AlterConfig | None = None
+    gate: torch.Tensor | None = None
+    layer: int | None = None  # RMU's
+
+
+def prepare(lm: LM, made: ForgetSet, config: UnlearnConfig, method: Method, train: TrainConfig, stage) -> Prepared:
+    """Phase I: the frozen model's view of every sample; for ALTER also sub-domains and router."""
     rng = random.Random(train.seed)
 
     def rendered(items, tokens=None) -> list[Sample]:
@@ -301,67 +359,130 @@ def prepare(lm: LM, made: ForgetSet, config: UnlearnConfig, train: TrainConfig, 
     keep, general = rendered(made.retain, RETAIN_TOKENS), rendered(made.general, RETAIN_TOKENS)
     keep = rng.sample(keep, min(len(keep), max(0, config.retain - len(general))))
     samples = [*forget, *keep, *general]
-    layers = lm.model.config.get_text_config().num_hidden_layers
-    variant = VARIANTS[config.variant]
+    for sample in forget:
+        sample.label = 1
+    text = lm.model.config.get_text_config()
+    routed = method.trains == "alter"
+    layer = round(text.num_hidden_layers / 3) if method.trains == "mlp" else None
     alter = AlterConfig(
         r=config.r, q=config.q, threshold=1e-6, router_input=config.router_input, task_type="CAUSAL_LM",
-        feature_layer=round(layers * 5 / 6), **variant["alter"],
+        feature_layer=layer or round(text.num_hidden_layers * 5 / 6), **method.alter,
     )  # fmt: skip
-    vocab = lm.model.config.get_text_config().vocab_size
-    wanted = config.threshold if config.threshold is not None else variant["threshold"]
+    wanted = config.threshold if config.threshold is not None else method.threshold
     if wanted != "auto":
-        resolve_threshold(wanted, torch.empty(0), config.q, vocab)
+        resolve_threshold(wanted, torch.empty(0), config.q, text.vocab_size)
     records = phase_one(lm, samples, alter, tick=lambda a, b: stage("phase I: frozen pass", a / b))
-    at_answers = torch.cat([r.entropy[s.start - 1 : -1] for r, s in zip(records, samples, strict=True)])
-    alter.threshold = resolve_threshold(wanted, at_answers, config.q, vocab)
-    stage("phase I: sub-domains and router", 0.0)
-    labels, scores = discover(records[: len(forget)], forget, alter, config.n_experts, train.seed)
-    for sample, label in zip(forget, labels, strict=True):
-        sample.label = int(label)
-    alter.n_experts = config.n_experts or int(labels.max())
-    gate, gate_threshold, report = fit_gate(records, samples, alter, train.seed)
-    alter.gate_threshold = gate_threshold
-    refusals = []  # made after the gate is fitted: "I don't know" says nothing about the subject
-    if train.refusal and all(i.question for i in source):
+    ready = Prepared(records, forget, [*keep, *general], [], {}, layer=layer)
+    if routed:
+        at_answers = torch.cat([r.entropy[s.start - 1 : -1] for r, s in zip(records, samples, strict=True)])
+        alter.threshold = resolve_threshold(wanted, at_answers, config.q, text.vocab_size)
+        stage("phase I: sub-domains and router", 0.0)
+        labels, scores = discover(records[: len(forget)], forget, alter, config.n_experts, train.seed)
+        for sample, label in zip(forget, labels, strict=True):
+            sample.label = int(label)
+        alter.n_experts = config.n_experts or int(labels.max())
+        gate, alter.gate_threshold, report = fit_gate(records, samples, alter, train.seed)
+        ready.alter, ready.gate = alter, gate
+        ready.report = {
+            "threshold": alter.threshold,
+            "uncertain_share": round((at_answers > alter.threshold).float().mean().item(), 4),
+            "n_experts": alter.n_experts,
+            "silhouette": {str(k): round(v, 4) for k, v in scores.items()},
+            "sub_domains": [int((labels == d).sum()) for d in range(1, alter.n_experts + 1)],
+            "router": report,
+        }
+    taught = method.instead == "paired" or train.refusal
+    if method.instead and taught and all(i.question for i in source):
+        # after the gate is fitted: "I don't know" says nothing about the subject
         unknown = read_set("unknown")
-        refusals = rendered([replace(i, answer=rng.choice(unknown), lead="") for i in source])
-        for refusal, sample in zip(refusals, forget, strict=True):
-            refusal.label, refusal.refusal = sample.label, True
-        records += phase_one(lm, refusals, alter, first=len(records))
-    for record in records:
-        mask = torch.ones(1, len(record.entropy))
-        x = sample_features(record, alter)[None]
-        record.plan = route(x, record.entropy[None], mask, gate, alter)
+        answers = [rng.choice(unknown) for _ in source]
+        if method.instead == "novice":
+            answers = greedy(lm, [NOVICE + i.question for i in source], RETAIN_TOKENS)
+        ready.instead = rendered([replace(i, answer=a, lead="") for i, a in zip(source, answers, strict=True)])
+        for other, sample in zip(ready.instead, forget, strict=True):
+            other.label, other.refusal = sample.label, True
+        records += phase_one(lm, ready.instead, alter, first=len(records))
+    if method.instead == "novice":
+        novice_targets(lm, source, forget, records, train.eta)
+    for record, sample in zip(records, [*samples, *ready.instead], strict=True):
+        if routed:
+            mask = torch.ones(1, len(record.entropy))
+            x = sample_features(record, alter)[None]
+            record.plan = route(x, record.entropy[None], mask, ready.gate, alter)
+        if layer is not None:
+            record.answer_hidden = record.hidden[sample.start - 1 : -1]
         record.hidden = None
-    report = {
-        "gate": gate,
-        "samples": {"forget": len(forget), "retain": len(keep), "general": len(general), "refusals": len(refusals)},
-        "threshold": alter.threshold,
-        "uncertain_share": round((at_answers > alter.threshold).float().mean().item(), 4),
-        "n_experts": alter.n_experts,
-        "silhouette": {str(k): round(v, 4) for k, v in scores.items()},
-        "sub_domains": [int((labels == d).sum()) for d in range(1, alter.n_experts + 1)],
-        "router": report,
-    }
-    return alter, records, forget, [*keep, *general], refusals, report
+    sizes = {"forget": forget, "retain": keep, "general": general, "instead": ready.instead}
+    ready.report["samples"] = {k: len(v) for k, v in sizes.items()}
+    return ready
 
 
-def train_experts(lm, alter, records, forget, retain, refusals, gate, probe_items, train, on_step, should_stop, resume):
-    """Phase II. Returns the PeftModel, the history of steps and why it ended."""
-    peft_model = get_peft_model(lm.model, alter)
-    router = peft_model.get_base_model().token_router
-    router.alter_gate["default"].data.copy_(gate)
-    state = router.state
+@torch.no_grad()
+def novice_targets(lm: LM, source: list[Item], forget: list[Sample], records: list[Record], eta: float) -> None:
+    """ELM's distribution P (P_novice / P_expert)^eta at the answers of the forget samples, put into their records."""
+    for item, sample in zip(source, forget, strict=True):
+        if not item.question:
+            raise UserError("ELM needs questions and answers, not plain text.")
+        k, log_p = len(sample.ids) - sample.start, []
+        for prefix in ("", NOVICE, EXPERT):
+            view = render(lm.tokenizer, replace(item, question=prefix + item.question))[0]
+            ids = torch.tensor([view.ids], device=lm.device)
+            logits = lm.model(input_ids=ids, logits_to_keep=k + 1, use_cache=False).logits[0, :-1]
+            log_p.append(logits.float().log_softmax(-1))
+        target = (log_p[0] + eta * (log_p[1] - log_p[2])).log_softmax(-1)
+        top = target.topk(min(TOP, target.shape[-1]), -1)
+        record = records[sample.index]
+        record.top_ids, record.top_log_p = top.indices.cpu(), top.values.cpu()
+
+
+def trainable(lm: LM, ready: Prepared, config: UnlearnConfig, method: Method):
+    """The model with what the method trains switched on. Weights that are trained themselves become float32."""
+    if method.trains == "alter":
+        model = get_peft_model(lm.model, ready.alter)
+        model.get_base_model().token_router.alter_gate["default"].data.copy_(ready.gate)
+        return model
+    if method.trains == "lora":
+        lora = LoraConfig(r=config.r, lora_alpha=2 * config.r, target_modules="all-linear", task_type="CAUSAL_LM")
+        return get_peft_model(lm.model, lora)
+    model = to_dtype(lm.model, torch.float32).requires_grad_(method.trains == "full")
+    if method.trains == "mlp":
+        # hidden_states[layer] is what comes out of the layer before; RMU trains the MLPs of the last three up to it
+        names = {f".{i}." for i in range(max(0, ready.layer - 3), ready.layer)}
+        chosen = [p for n, p in model.named_parameters() if ".mlp." in n and any(x in n for x in names)]
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        if not chosen:
+            raise UserError(f"RMU looks for MLP layers, and {lm.name} names none.")
+    return model
+
+
+def to_dtype(model, dtype):
+    """Parameters only: buffers such as rotary frequencies stay in float32, as after loading."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+        parameter.grad = None
+    return model.requires_grad_(False)
+
+
+def train_model(lm, ready: Prepared, config, method: Method, train, probe_items, on_step, should_stop, resume):
+    """Phase II. Returns the trained model, the history of steps and why it ended."""
+    model = trainable(lm, ready, config, method)
     right = [(i.question, i.paraphrased_answer or i.answer) for i in probe_items]
     wrong = [(i.question, w) for i in probe_items for w in i.perturbed_answer[:PROBE_WRONG]]
+    mixed = lm.dtype == "bfloat16" and method.trains != "alter"
+    kind = "cuda" if lm.device.startswith("cuda") else "cpu"
 
     def probe() -> float:
         """How likely the right answers are; beside wrong ones where the set has them, else by themselves."""
-        before, state.plan = state.plan, None
-        peft_model.eval()
-        values = log_probs(lm, *map(list, zip(*right, *wrong, strict=True)), peft_model)
-        peft_model.train()
-        state.plan = before
+        state = router_state(model) if method.trains == "alter" else None
+        if state:
+            kept, state.plan = state.plan, None
+        model.eval()
+        with torch.autocast(kind, torch.bfloat16) if mixed else nullcontext():
+            values = log_probs(lm, *map(list, zip(*right, *wrong, strict=True)), model)
+        model.train()
+        if state:
+            state.plan = kept
         if wrong:
             return float(np.exp(np.mean(values[: len(right)]) - np.mean(values[len(right) :])))
         return float(np.exp(values).mean())
@@ -371,88 +492,31 @@ def train_experts(lm, alter, records, forget, retain, refusals, gate, probe_item
     # a model that never learned the set finds a right answer no likelier than a wrong one
     progress.target = 1.0 if wrong else start * train.stop_ratio
     progress.history.append({"step": 0, "seconds": 0.0, "probe": start})
+    paired = method.instead in ("paired", "novice")
+    length = train.max_steps * train.batch_size
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = AlterTrainer(
-            model=peft_model,
-            args=arguments(resume or scratch, train, lm.device),
-            train_dataset=Pairs(forget, retain, train.max_steps * train.batch_size, train.seed, refusals),
+        trainer = UnlearnTrainer(
+            model=model,
+            args=arguments(resume or scratch, train, lm.device, bf16=mixed),
+            train_dataset=Pairs(ready.forget, ready.retain, length, train.seed, ready.instead, paired),
             data_collator=collate_pairs(lm.tokenizer.pad_token_id, lm.device),
             callbacks=[progress],
-            records=records,
+            records=ready.records,
             processing_class=lm.tokenizer,
             config=train,
-            alter_config=alter,
+            method=method,
+            alter=ready.alter,
+            layer=ready.layer,
         )
         progress.trainer = trainer
         trainer.train(resume_from_checkpoint=bool(resume and list(Path(resume).glob("checkpoint-*"))))
-    state.plan = None
-    return peft_model.eval(), progress.history, progress.stopped
-
-
-# ------------------------------------------------------------------------------------------------------- measure
-
-
-def measure(run: Run, made: ForgetSet, stage=lambda what, share: None):
-    """Before and after, in the same batches. Returns two dicts of groups, and the answers."""
-    sides = {"before": {}, "after": {}}
-    rows = []
-    for group, items in made.evaluation().items():
-        if not items or not items[0].question:
-            continue
-        questions = [i.question for i in items]
-        said = {}
-        for side in sides:
-            stage(f"measuring {group}, {side}", 0.0)
-            on = side == "after"
-            said[side] = run.answer(questions, adapted=on, tick=lambda a, b, g=group: stage(f"measuring {g}", a / b))
-            values = {"probability": np.exp(run.log_probs(questions, [i.answer for i in items], on)).tolist()}
-            values["rouge_l"] = [metrics.rouge_l(a, i.answer) for a, i in zip(said[side], items, strict=True)]
-            pairs = zip(said[side], said["before"], strict=True)
-            values["rouge_l_to_base"] = [metrics.rouge_l(a, b) for a, b in pairs]
-            values["repetition"] = [metrics.repetition(a) for a in said[side]]
-            sides[side][group] = {k: round(float(np.mean(v)), 6) for k, v in values.items()}
-            if ratios := truth_ratios(run, items, on):
-                aggregate = metrics.forget_truth_ratio if group.startswith("forget") else metrics.retain_truth_ratio
-                sides[side][group] |= {"truth_ratio": round(aggregate(ratios), 6), "truth_ratio_items": ratios}
-        rows += [
-            {"group": group, "question": i.question, "answer": i.answer, "before": b, "after": a}
-            for i, b, a in zip(items, said["before"], said["after"], strict=True)
-        ]
-    for groups in sides.values():
-        parts = [groups[g][m] for g in ("neighbours", "general") if g in groups for m in ("probability", "rouge_l")]
-        parts += [groups["neighbours"]["truth_ratio"]] if "truth_ratio" in groups.get("neighbours", {}) else []
-        groups["model_utility"] = round(metrics.model_utility(parts), 6)
-    return sides["before"], sides["after"], rows
-
-
-def add_retain_model(before: dict, after: dict, lm: LM, made: ForgetSet) -> None:
-    """Put the retain-only model's figures on the forget set beside ours, and the forget quality against it."""
-    reference = Run(lm, lm.model, {})
-    for group in ("forget", "forget_held_out"):
-        items = made.evaluation()[group]
-        values = log_probs(lm, [i.question for i in items], [i.answer for i in items])
-        probability = round(float(np.exp(values).mean()), 6)
-        ratios = truth_ratios(reference, items, False)
-        for side in (before, after):
-            side[group]["probability_retain_model"] = probability
-            if ratios:
-                side[group]["forget_quality"] = metrics.forget_quality(side[group]["truth_ratio_items"], ratios)
-                side[group]["truth_ratio_retain_model"] = round(metrics.forget_truth_ratio(ratios), 6)
-
-
-def truth_ratios(run: Run, items, adapted: bool) -> list[float]:
-    """TOFU's R of each item that has wrong answers; the paraphrased answer stands for the right one."""
-    items = [i for i in items if i.perturbed_answer]
-    if not items:
-        return []
-    questions = [i.question for i in items]
-    right = run.log_probs(questions, [i.paraphrased_answer or i.answer for i in items], adapted)
-    flat = [(i.question, wrong) for i in items for wrong in i.perturbed_answer]
-    wrong = iter(run.log_probs([q for q, _ in flat], [a for _, a in flat], adapted))
-    return [
-        round(metrics.truth_ratio(r, [next(wrong) for _ in i.perturbed_answer]), 8)
-        for r, i in zip(right, items, strict=True)
-    ]
+    if mixed:
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes autocast off its forward again
+    if method.trains == "alter":
+        router_state(model).plan = None
+    if method.trains in ("full", "mlp"):
+        to_dtype(model, getattr(torch, lm.dtype))
+    return model.eval(), progress.history, progress.stopped
 
 
 # ------------------------------------------------------------------------------------------------------ the folder
@@ -472,24 +536,35 @@ def run_folder(folder: Path, name: str | None, model, forget_set) -> Path:
     return Path(folder) / name
 
 
-def alter_entries(alter: AlterConfig) -> dict:
+def alter_entries(alter: AlterConfig | None) -> dict:
+    if alter is None:
+        return {}
     return {
         f.name: value for f in fields(AlterConfig) if isinstance(value := getattr(alter, f.name), str | int | float)
     }
 
 
-def write_run(run: Run, answers: list[dict], target: Path) -> None:
+def write_run(run: Run, target: Path) -> None:
     """Write aside, then rename: a run folder is whole or not there."""
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".new-"))
     try:
-        run.model.peft_config["default"].base_model_name_or_path = run.lm.name  # not somebody's cache folder
-        run.model.save_pretrained(aside / "adapter", save_embedding_layers=False)
+        if isinstance(run.model, PeftModel):
+            run.model.peft_config["default"].base_model_name_or_path = run.lm.name  # not somebody's cache folder
+            run.model.save_pretrained(aside / "adapter", save_embedding_layers=False)
+        else:
+            with quiet():
+                run.model.save_pretrained(aside / "model")
+            run.lm.tokenizer.save_pretrained(aside / "model")
         for file, value in (
             ("config.json", run.metrics["config"] | {"model": run.metrics["model"], "data": run.metrics["data"]}),
             ("metrics.json", run.metrics),
-            ("answers.json", answers),
+            ("answers.json", before_and_after(run.logs)),
         ):
             (aside / file).write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
+        for side, log in run.logs.items():
+            (aside / f"log_{side.replace(' ', '_')}.json").write_text(
+                json.dumps(evaluation.to_field(log), ensure_ascii=False), encoding="utf-8"
+            )
         os.chmod(aside, 0o755)
         os.rename(aside, target)
     except OSError as error:
@@ -498,6 +573,17 @@ def write_run(run: Run, answers: list[dict], target: Path) -> None:
         ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def before_and_after(logs: dict[str, evaluation.Log]) -> list[dict]:
+    rows = []
+    for group, before in logs.get("before", {}).items():
+        if "generated_text" in before:
+            after = logs["after"][group]["generated_text"]
+            table = before[["question", "answer", "generated_text"]].rename(columns={"generated_text": "before"})
+            table.insert(0, "group", group)
+            rows += table.assign(after=after).to_dict("records")
+    return rows
 
 
 def newest_run(folder: Path) -> Path:
@@ -517,11 +603,17 @@ def load_run(path: Path | str, lm: LM | None = None) -> Run:
     path = Path(path)
     if not (path / "metrics.json").is_file():
         raise UserError(f"{path} is not a run (metrics.json is missing).")
-    check_adapter(path / "adapter")
+    whole = (path / "model").is_dir()
+    if not whole:
+        check_adapter(path / "adapter")
     try:
         stored = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
         name = stored["model"]
     except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
         raise UserError(f"{path / 'metrics.json'} is damaged: make the run again.") from None
     lm = lm or load_model(name, adapter=stored.get("adapter"))
+    if whole:
+        run = Run(lm, load_model(str(path / "model"), lm.device, lm.dtype).model, stored, path)
+        run.untouched = lm.model
+        return run
     return Run(lm, PeftModel.from_pretrained(lm.model, path / "adapter"), stored, path)

@@ -21,6 +21,7 @@ from . import losses
 from .data import Sample, collate
 from .entropy import tsallis_entropy
 from .errors import UserError
+from .methods import INSTEAD, WEIGHTS, Method, Step, get_method
 from .models import LM
 from .routing import Plan
 
@@ -29,16 +30,21 @@ TOP = 64  # the frozen model's likeliest tokens kept per position for distillati
 
 @dataclass
 class TrainConfig:
-    """How phase II learns. Published values first; the selective variant's differ where `VARIANTS` says so."""
+    """How phase II learns. A method's own values stand in `methods.METHODS`, see `train_config`."""
 
     max_steps: int = field(default=120, metadata={"help": "steps at most, 1 to 10000"})
     batch_size: int = field(default=4, metadata={"help": "forget samples a step, and as many retain samples"})
     lr_b: float = field(default=1e-3, metadata={"help": "learning rate of the experts"})
     lr_a: float = field(default=1e-5, metadata={"help": "learning rate of A"})
+    lr: float = field(default=1e-5, metadata={"help": "learning rate of everything else: all weights, or a LoRA"})
     beta: float = field(default=1.0, metadata={"help": "weight of forgetting"})
     gamma: float = field(default=1.0, metadata={"help": "weight of retention"})
     structure: float = field(default=0.01, metadata={"help": "lambda, weight of the structure term"})
-    refusal: float = field(default=3.0, metadata={"help": "weight of saying `I don't know` instead, 0: not taught"})
+    refusal: float = field(default=0.0, metadata={"help": "weight of what is said instead, 0: not taught"})
+    forgetting: str = field(default="ihl", metadata={"help": "ALTER's loss on a forget token: ihl or unlikelihood"})
+    sharpness: float = field(default=0.1, metadata={"help": "beta of NPO, SimNPO and DPO"})
+    steering: float = field(default=2.0, metadata={"help": "c of RMU, length of the vector steered to"})
+    eta: float = field(default=5.0, metadata={"help": "eta of ELM, strength of erasing"})
     forget_end: bool = field(default=False, metadata={"help": "unlearn the end of turn too (published)"})
     retention: str = field(default="distill", metadata={"help": "distill (to the frozen model) or nll (published)"})
     probe_every: int = field(default=4, metadata={"help": "steps between two looks at the forget probe"})
@@ -54,8 +60,17 @@ class TrainConfig:
             raise UserError(f"The batch size must lie between 1 and 256, and {self.batch_size} does not.")
         if self.retention not in ("distill", "nll"):
             raise UserError(f"retention is distill or nll, not {self.retention!r}.")
+        if self.forgetting not in losses.FORGETTING:
+            raise UserError(f"forgetting is {' or '.join(losses.FORGETTING)}, not {self.forgetting!r}.")
+        if not 0 < self.lr <= 1:
+            raise UserError(f"The learning rate must lie between 0 and 1, and {self.lr:g} does not.")
         if not 0 < self.stop_ratio < 1:
             raise UserError(f"stop_ratio is a share between 0 and 1, and {self.stop_ratio} is not.")
+
+
+def train_config(method: str, **values) -> TrainConfig:
+    """A method's defaults, with `values` that are not None in their place. Raises UserError for an unknown method."""
+    return TrainConfig(**get_method(method).train | {k: v for k, v in values.items() if v is not None})
 
 
 # ------------------------------------------------------------------------------------------------------ phase I
@@ -69,6 +84,8 @@ class Record:
     entropy: torch.Tensor  # (T,) S_q
     top_ids: torch.Tensor  # (K, TOP) likeliest next tokens at the answer positions
     top_log_p: torch.Tensor  # (K, TOP)
+    log_p: torch.Tensor  # (K,) of the answer's own tokens
+    answer_hidden: torch.Tensor | None = None  # (K, D) `hidden` at the answer positions, where a method steers states
     plan: Plan | None = None  # (1, T, ...) once the router is fitted
 
 
@@ -93,7 +110,9 @@ def phase_one(
             t, k = len(samples[i].ids), len(samples[i].ids) - samples[i].start
             log_p = out.logits[row, -k - 1 : -1].float().log_softmax(-1)
             top = log_p.topk(min(TOP, log_p.shape[-1]), -1)
-            records[i] = Record(hidden[row, -t:], entropy[row, -t:], top.indices.cpu(), top.values.cpu())
+            own = log_p.gather(-1, b["labels"][row, b["answer"][row]][:, None])[:, 0]
+            kept = (entropy[row, -t:], top.indices.cpu(), top.values.cpu(), own.cpu())
+            records[i] = Record(hidden[row, -t:].clone(), *kept)
             samples[i].index = first + i
         if tick:
             tick(sum(r is not None for r in records), len(records))
@@ -134,17 +153,22 @@ class Pairs(Dataset):
     """A forget sample with a retain sample and a refusal, `length` of them, drawn with the seed.
 
     The sub-domains take turns, whatever their sizes: each expert learns only from its own, so a small one would
-    otherwise lag behind when training stops.
+    otherwise lag behind when training stops. `paired`: the refusal is the one to the same question, else any of the
+    same sub-domain.
     """
 
-    def __init__(self, forget: list[Sample], retain: list[Sample], length: int, seed: int, refusals=()):
+    def __init__(self, forget: list[Sample], retain: list[Sample], length: int, seed: int, refusals=(), paired=False):
         rng = random.Random(seed)
         domains = sorted({s.label for s in forget})
         decks = {d: Deck([s for s in forget if s.label == d], rng) for d in domains}
         keep = Deck(retain, rng) if retain else None
         draws = (decks[domains[i % len(domains)]].draw() for i in range(length))
         self.pairs = [[sample, *([keep.draw()] if keep else [])] for sample in draws]
-        if refusals:
+        if paired:
+            own = {id(f): r for f, r in zip(forget, refusals, strict=True)}
+            for pair in self.pairs:
+                pair.append(own[id(pair[0])])
+        elif refusals:
             decks = {d: Deck([s for s in refusals if s.label == d], rng) for d in domains}
             for pair in self.pairs:
                 pair.append(decks[pair[0].label].draw())
@@ -168,70 +192,63 @@ class AnswerTrainer(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)  # `Pairs` is shuffled already
 
 
-class AlterTrainer(AnswerTrainer):
-    """ALTER's loss and parameter groups. `records[i].plan` routes sample i, so no frozen pass is needed any more."""
+class UnlearnTrainer(AnswerTrainer):
+    """Any method of `METHODS`. With ALTER's adapter, `records[i].plan` routes sample i: no frozen pass any more."""
 
-    def __init__(self, *args, records: list[Record], config: TrainConfig, alter_config, **kwargs):
+    def __init__(self, *args, records: list[Record], config: TrainConfig, method: Method, alter, layer=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.records, self.config, self.alter_config = records, config, alter_config
+        self.records, self.config, self.method, self.alter, self.layer = records, config, method, alter, layer
         self.parts: dict[str, float] = {}
 
     def create_optimizer(self, *args, **kwargs):
         if self.optimizer is None:
-            groups = {"alter_A": [], "alter_B": []}
-            for name, p in self.model.named_parameters():
-                for key in groups:
-                    if key in name and p.requires_grad:
-                        groups[key].append(p)
+            trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            rates = [("alter_A", self.config.lr_a), ("alter_B", self.config.lr_b), ("", self.config.lr)]
+            groups: dict[float, list] = {}
+            for name, p in trained:
+                groups.setdefault(next(lr for key, lr in rates if key in name), []).append(p)
+            decay = 0.01 if self.method.trains in ("full", "mlp") else 0.0
             self.optimizer = torch.optim.AdamW(
-                [
-                    {"params": groups["alter_A"], "lr": self.config.lr_a},
-                    {"params": groups["alter_B"], "lr": self.config.lr_b},
-                ],
-                weight_decay=0.0,
+                [{"params": p, "lr": lr} for lr, p in groups.items()], weight_decay=decay
             )
         return self.optimizer
 
     def compute_loss(self, model, batch, return_outputs=False, num_items_in_batch=None):
-        c, state = self.config, router_state(model)
         records = [self.records[i] for i in batch["index"]]
-        # stays set until the next step: gradient checkpointing runs the layers again during the backward pass
-        state.plan = padded_plan(records, batch, acting_on_retain(self.alter_config))
-        logits = model(**inputs(batch), logits_to_keep=batch["keep"], use_cache=False).logits[:, :-1]
-        answer, labels, label = batch["answer"], batch["labels"], batch["label"]
-        k = answer.shape[1]
-        high = state.plan.high[:, -k - 1 : -1][answer]  # (n,)
-        base_entropy = state.plan.entropy[:, -k - 1 : -1][answer]
-        domain = label[:, None].expand(-1, k)[answer]  # (n,)
-        logits, target = logits[answer], labels[answer]  # (n, V), (n,)
-        self.parts = {}
-        loss = logits.new_zeros((), dtype=torch.float32)
-        top_ids = torch.cat([r.top_ids for r in records]).to(logits.device)  # (n, TOP), in the order of logits
-        top_log_p = torch.cat([r.top_log_p for r in records]).to(logits.device)
-        refusal = batch["refusal"][:, None].expand(-1, k)[answer]
-        on = (domain > 0) & ~refusal & ~high
-        if not c.forget_end:
-            on &= target != self.processing_class.eos_token_id
-        if on.any():
-            per_token = losses.inverted_hinge_loss(logits[on], target[on])
-            # sum over the sub-domains of the mean over each one's tokens
-            forget = sum(per_token[domain[on] == d].mean() for d in domain[on].unique())
-            loss, self.parts["forget"] = loss + c.beta * forget, forget.item()
-        if refusal.any():
-            instead = losses.nll(logits[refusal], target[refusal]).mean()
-            # IHL hardly moves a token of p near 1: what is still memorised comes first, what to say instead after it
-            gone = 1 - (-losses.nll(logits[on], target[on])).exp().mean().nan_to_num(0).detach()
-            loss, self.parts["refusal"] = loss + c.refusal * gone * instead, instead.item()
-        if (on := domain == 0).any():
-            if c.retention == "nll":
-                retain = losses.nll(logits[on], target[on]).mean()
-            else:
-                retain = losses.distillation(logits[on], top_ids[on], top_log_p[on]).mean()
-            loss, self.parts["retain"] = loss + c.gamma * retain, retain.item()
-        if c.structure and high.any():
-            drift = tsallis_entropy(logits[high], self.alter_config.q) - base_entropy[high]
-            loss, self.parts["structure"] = loss + c.structure * drift.square().mean(), drift.square().mean().item()
+        if self.method.trains == "alter":
+            # stays set until the next step: gradient checkpointing runs the layers again during the backward pass
+            router_state(model).plan = padded_plan(records, batch, self.alter, self.method.guided)
+        steered = self.layer is not None
+        out = model(**inputs(batch), logits_to_keep=batch["keep"], use_cache=False, output_hidden_states=steered)
+        answer, k = batch["answer"], batch["answer"].shape[1]
+        logits = out.logits[:, :-1][answer]
+        step = self.step(batch, records, logits)
+        if steered:
+            step.hidden = out.hidden_states[self.layer][:, -k - 1 : -1][answer].float()
+            frozen = torch.cat([r.answer_hidden for r in records])
+            step.frozen_hidden = frozen.to(logits.device, torch.float32)
+        parts = {name: part(step, self.config) for name, part in self.method.parts.items()}
+        self.parts = {name: value.item() for name, value in parts.items() if value.requires_grad}
+        loss = sum(getattr(self.config, WEIGHTS[name]) * value for name, value in parts.items())
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def step(self, batch, records, logits) -> Step:
+        answer, labels, device = batch["answer"], batch["labels"], logits.device
+        k = answer.shape[1]
+        row = torch.arange(len(records), device=device)[:, None].expand(-1, k)[answer]
+        kind = torch.where(batch["refusal"], INSTEAD, (batch["label"] > 0).long())
+
+        def joined(name):
+            return torch.cat([getattr(r, name) for r in records]).to(device)
+
+        entropy = torch.cat([r.entropy[-1 - len(r.log_p) : -1] for r in records]).to(device)
+        threshold = self.alter.threshold if self.alter is not None else float("inf")
+        target = labels[answer]
+        return Step(
+            logits, target, row, kind, batch["label"][row], target == self.processing_class.eos_token_id,
+            joined("log_p"), joined("top_ids"), joined("top_log_p"), entropy, entropy > threshold,
+            self.alter.q if self.alter is not None else 1.5,
+        )  # fmt: skip
 
 
 def router_state(model):
@@ -240,14 +257,12 @@ def router_state(model):
     return inner.token_router.state
 
 
-def acting_on_retain(alter_config) -> bool:
-    """With the two-level gate nothing acts on a retain token, so B_r would never learn: let the experts act there in
-    training as they would after a mistake of the gate, and teach B_r to undo it."""
-    return alter_config.gate == "two_level"
+def padded_plan(records: list[Record], batch: dict, alter, guided: bool = True) -> Plan:
+    """The samples' plans as one left-padded batch, with the isolation masks (`guided`).
 
-
-def padded_plan(records: list[Record], batch: dict, act_on_retain: bool) -> Plan:
-    """The samples' plans as one left-padded batch, with the isolation masks."""
+    With the two-level gate nothing acts on a retain token, so B_r would never learn: in training the experts act
+    there as they would after a mistake of the gate, and B_r learns to undo it.
+    """
     b, t = batch["input_ids"].shape
     device = batch["input_ids"].device
     first = records[0].plan
@@ -262,14 +277,14 @@ def padded_plan(records: list[Record], batch: dict, act_on_retain: bool) -> Plan
         for name in ("weights", "high", "entropy", "gate"):
             getattr(plan, name)[row, t - n :] = getattr(record.plan, name)[0]
     plan = Plan(*(getattr(plan, n).to(device) for n in ("weights", "high", "entropy", "gate")))
-    if act_on_retain:
+    if alter.gate == "two_level":
         retain = (batch["label"] == 0)[:, None] & batch["attention_mask"].bool()
         leak = plan.gate.clone()
         leak[..., 0] = 0
         leak = leak / leak.sum(-1, keepdim=True).clamp_min(1e-6)
         leak[..., 0] = 1
         plan.weights = torch.where(retain[..., None], leak, plan.weights)
-    return plan.isolated(batch["label"])
+    return plan.isolated(batch["label"]) if guided else plan
 
 
 def collate_pairs(pad_id: int, device):
@@ -292,7 +307,7 @@ class Progress(TrainerCallback):
 
     def __init__(self, config, probe: Callable[[], float], on_step=None, should_stop=None):
         self.config, self.probe, self.on_step, self.should_stop = config, probe, on_step, should_stop
-        self.trainer: AlterTrainer | None = None
+        self.trainer: UnlearnTrainer | None = None
         self.target: float | None = None
         self.history: list[dict] = []
         self.stopped = "all steps done"

@@ -223,3 +223,9 @@ def test_bad_config(bad):
         AlterConfig(**bad)
     with pytest.raises(UserError, match="reaches"):
         AlterConfig(q=2.0, threshold=1.2)
+
+
+def test_only_the_experts_are_trainable():
+    model = get_peft_model(make_model("llama"), AlterConfig(n_experts=2))
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert names and all(".alter_A." in n or ".alter_B." in n for n in names)

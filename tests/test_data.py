@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from alter_demo.answers import is_right
-from alter_demo.data import Item, Sample, collate, load_forget_set, read_file, render
+from alter_demo.data import Item, Sample, asked_differently, collate, load_forget_set, read_file, render
 from alter_demo.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -52,7 +52,9 @@ def test_benchmarks_from_a_folder(name, monkeypatch):
     if name.startswith("tofu"):
         assert all(i.perturbed_answer for i in made.forget)
         few = made.smaller(20)  # a small model is measured on what it was taught
-        assert len(few.retain) == 20 and few.neighbours == few.retain
+        assert len(few.retain) == 20 and few.more["retain"] == few.retain
+        assert few.neighbours == asked_differently(few.retain)
+        assert len(few.holdout) == len(few.forget) and not [i for i in few.holdout if i in few.retain]
     with pytest.raises(UserError, match="retain item"):
         made.smaller(0)
 

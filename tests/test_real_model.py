@@ -2,7 +2,7 @@
 
 import pytest
 
-from alter_demo import TrainConfig, UnlearnConfig, load_model, unlearn
+from alter_demo import UnlearnConfig, load_model, unlearn
 from alter_demo.answers import adapt, greedy
 from alter_demo.bench import bench
 from alter_demo.data import load_forget_set
@@ -28,7 +28,7 @@ def test_filter_leaves_enough(lm):
 
 
 def test_it_forgets_harry_potter_and_only_that():
-    run = unlearn("smollm2-135m", "harry-potter", UnlearnConfig(limit=40), TrainConfig(), folder=None)
+    run = unlearn("smollm2-135m", "harry-potter", UnlearnConfig(limit=40), folder=None)
     before, after = run.metrics["before"], run.metrics["after"]
     held_out = "forget_held_out"
     assert after[held_out]["probability"] < 0.05 * before[held_out]["probability"]

@@ -7,14 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alter_demo import data, load_model, load_run, runs, unlearn
+from alter_demo import METHOD_NAMES, data, load_model, load_run, runs, unlearn
 from alter_demo.answers import greedy, log_probs
 from alter_demo.cli import main
 from alter_demo.data import load_forget_set
 from alter_demo.errors import UserError
 from alter_demo.learn import LearnConfig, learn
-from alter_demo.runs import VARIANTS, UnlearnConfig
-from alter_demo.training import Pairs, TrainConfig
+from alter_demo.methods import METHODS
+from alter_demo.runs import UnlearnConfig
+from alter_demo.training import Pairs, train_config
 
 FEW = 6
 
@@ -32,23 +33,31 @@ def made(few, own_data):
     return load_forget_set(str(own_data[0]), str(own_data[1]))
 
 
-def quick(**kwargs):
-    return TrainConfig(**{"max_steps": FEW, "batch_size": 2, "stop_ratio": 1e-9, "probe_every": 2} | kwargs)
+def quick(method="alter_selective", **kwargs):
+    few = {"max_steps": FEW, "batch_size": 2, "stop_ratio": 1e-9, "probe_every": 2}
+    return train_config(method, **few | kwargs)
 
 
 def trained(run):
     return {n: p for n, p in run.model.named_parameters() if "alter_" in n}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_run_leaves_a_whole_folder_that_loads(tiny, made, tmp_path, variant):
+def test_the_page_knows_the_methods():
+    assert tuple(METHODS) == METHOD_NAMES
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_run_leaves_a_whole_folder_that_loads(tiny, made, tmp_path, method):
     steps = []
-    config = UnlearnConfig(variant=variant, threshold="auto")
-    run = unlearn(str(tiny), made, config, quick(), "r1", tmp_path / "runs", on_step=lambda e, n: steps.append((e, n)))
+    config = UnlearnConfig(method=method, threshold="auto")
+    train = quick(method, lr=0.02, lr_b=1e-2, steering=5.0)
+    run = unlearn(str(tiny), made, config, train, "r1", tmp_path / "runs", on_step=lambda e, n: steps.append((e, n)))
     assert [e["step"] for e, _ in steps] == list(range(1, FEW + 1)) and steps[0][1] == FEW
     assert sorted(os.listdir(tmp_path / "runs")) == ["r1"]
     folder = tmp_path / "runs" / "r1"
-    assert {p.name for p in folder.iterdir()} == {"adapter", "config.json", "metrics.json", "answers.json"}
+    weights = "model" if METHODS[method].trains in ("full", "mlp") else "adapter"
+    files = {weights, "config.json", "metrics.json", "answers.json", "log_before.json", "log_after.json"}
+    assert {p.name for p in folder.iterdir()} == files
     metrics = json.loads((folder / "metrics.json").read_text())
     for side in ("before", "after"):
         for group in ("forget", "forget_held_out", "neighbours", "general"):
@@ -63,6 +72,7 @@ def test_run_leaves_a_whole_folder_that_loads(tiny, made, tmp_path, variant):
     pair = [[i.question for i in made.forget], [i.answer for i in made.forget]]
     assert again.log_probs(*pair) == pytest.approx(run.log_probs(*pair), abs=1e-6)
     assert again.log_probs(*pair) != pytest.approx(again.log_probs(*pair, adapted=False), abs=1e-4)
+    assert again.log_probs(*pair, adapted=False) == pytest.approx(log_probs(load_model(str(tiny)), *pair), abs=1e-6)
 
 
 def test_unlearning_lowers_the_forget_answers_and_spares_the_rest(taught, made):
@@ -232,7 +242,7 @@ BAD = [
     (["unlearn", "--model", "TINY", "--forget", "OWN", "--threshold", "1.99"], "lies between 0 and"),
     (["unlearn", "--model", "TINY", "--forget", "OWN", "--threshold", "1.2", "--q", "2"], "lies between 0 and"),
     (["unlearn", "--model", "TINY", "--forget", "OWN", "--q", "0"], "positive"),
-    (["unlearn", "--model", "TINY", "--forget", "OWN", "--variant", "best"], "variant is one of"),
+    (["unlearn", "--model", "TINY", "--forget", "OWN", "--method", "best"], "method is one of"),
     (["unlearn", "--model", "TINY", "--forget", "OWN", "--device", "tpu"], "device must be"),
     (["unlearn", "--model", "TINY", "--forget", "OWN", "--dtype", "int3"], "dtype must be"),
     (["unlearn", "--model", "TINY", "--forget", "OWN", "--name", "../x"], "run's name"),
@@ -334,7 +344,8 @@ def test_learned_adapter_is_small_merges_and_can_be_unlearned(tiny, made, tmp_pa
     run = unlearn(
         str(tiny), made, UnlearnConfig(threshold="auto"), quick(), "t", tmp_path, adapter=folder, retain_adapter=folder
     )
-    assert run.metrics["after"]["forget"]["probability_retain_model"] == run.metrics["before"]["forget"]["probability"]
+    theirs, ours = (run.metrics[side]["forget"]["probability"] for side in ("retain_model", "before"))
+    assert theirs == ours
     again = load_run(tmp_path / "t")  # finds the adapter that was merged in first
     assert again.answer(prompts[:2], max_new_tokens=6) == run.answer(prompts[:2], max_new_tokens=6)
     with pytest.raises(UserError, match="exists already"):
