@@ -12,7 +12,6 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -20,7 +19,7 @@ from transformers import GenerationConfig
 
 from . import losses
 from .adapter import AlterConfig
-from .models import LM, load_model
+from .models import LM, load_model, peak_mb
 from .routing import Plan
 from .training import router_state
 
@@ -138,9 +137,4 @@ def peak(model: str, method: str, device: str, dtype: str) -> None:
     step = make_step(lm, method)
     for _ in range(3):
         step()
-    if lm.device.startswith("cuda"):
-        print(torch.cuda.max_memory_allocated() // 2**20)
-    else:
-        # not ru_maxrss: it starts at the parent's peak, which had all three methods in memory
-        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-        print(int(line.split()[1]) // 2**10)
+    print(peak_mb(lm.device))

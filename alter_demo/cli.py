@@ -109,6 +109,20 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--epochs", type=int, default=12, help="passes over the set")
     sub.add_argument("--seed", type=int, default=0, help="random seed")
 
+    sub = command("tofu", do_tofu, "A benchmark: methods, seeds, one results file; goes on where it stopped.")
+    model_options(sub)
+    sub.add_argument("--forget", default="tofu-forget01", help="tofu-forget01, 05, 10 or imaginary-authors")
+    sub.add_argument("--size", default="cpu", help="cpu (12 authors, 2 of them forgotten) or full (all, for a GPU)")
+    sub.add_argument("--methods", nargs="+", default=["all"], help="all, or some of methods.METHODS")
+    sub.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="random seeds")
+    sub.add_argument("--limit", type=int, help="measured items a group (default: the size's own)")
+    sub.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="TrainConfig values, for tuning")
+    sub.add_argument("--results", type=Path, default=Path("assets/results/tofu.json"), help="results file")
+
+    sub = command("evaluate", do_evaluate, "Figures of an evaluation log (ours, open-unlearning's, TOFU's), as JSON.")
+    sub.add_argument("--logs", type=Path, required=True, help="the log")
+    sub.add_argument("--retain-logs", type=Path, help="log of the retain-only model, for forget quality and privleak")
+
     sub = command("prepare", do_prepare, "Record what a model itself answers to all built-in prompts (the filter).")
     model_options(sub)
     sub.add_argument("--out", type=Path, help="file (default: in the cache)")
@@ -223,6 +237,55 @@ def do_learn(args) -> None:
     print(f"The adapter lies in {folder}.")
 
 
+def do_tofu(args) -> None:
+    from .grid import grid, grid_config
+    from .methods import METHODS
+
+    config = grid_config(args.size, forget=args.forget, model=args.model, limit=args.limit)
+    if args.forget == "imaginary-authors":
+        config.retain_items = None  # all ten authors are small enough, and their adapters are in assets/
+    methods = list(METHODS) if args.methods == ["all"] else args.methods
+    stop = Stop("this step; finished items are kept")
+    with Bars() as bars:
+        results = grid(
+            config, methods, args.seeds, args.results, settings(args.set), args.device, args.dtype, bars.step,
+            bars.stage, lambda: stop.asked,
+        )  # fmt: skip
+    table = new_table("method", "seed", "forget quality", "utility", "extraction", "steps", "seconds", "MB")
+    for run in results["runs"]:
+        m = run["metrics"]
+        cells = [f"{m[k]:.3g}" for k in ("forget_quality", "model_utility", "extraction_strength")]
+        cost = run.get("steps", ""), run.get("seconds", {}).get("unlearn", ""), run.get("peak_memory_mb", "")
+        table.add_row(run["method"], str(run["seed"]), *cells, *map(str, cost))
+    console().print(table)
+
+
+def settings(pairs: list[str]) -> dict:
+    """TrainConfig values from NAME=VALUE."""
+    from dataclasses import fields
+
+    from .training import TrainConfig
+
+    known = {f.name: type(f.default) for f in fields(TrainConfig)}
+    found = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if name not in known:
+            raise UserError(f"--set knows {', '.join(known)}, and not {name!r}.")
+        try:
+            found[name] = value == "true" if known[name] is bool else known[name](value)
+        except ValueError:
+            raise UserError(f"{name} takes a number, not {value!r}.") from None
+    return found
+
+
+def do_evaluate(args) -> None:
+    from .evaluate import read_log, summary
+
+    retain = read_log(args.retain_logs) if args.retain_logs else None
+    print(json.dumps(summary(read_log(args.logs), retain), indent=1))
+
+
 def do_prepare(args) -> None:
     from .answers import record
     from .models import load_model
@@ -239,15 +302,15 @@ def do_prepare(args) -> None:
 class Stop:
     """Ctrl-C once: stop after this step and keep what there is. Twice: leave at once."""
 
-    def __init__(self):
-        self.asked = False
+    def __init__(self, what="this step; what was learned is kept"):
+        self.asked, self.what = False, what
         signal.signal(signal.SIGINT, self.ask)
 
     def ask(self, *_):
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nStopping after this step; what was learned is kept (Ctrl-C again to leave at once).", file=sys.stderr)
+        print(f"\nStopping after {self.what} (Ctrl-C again to leave at once).", file=sys.stderr)
 
 
 class Bars:

@@ -81,13 +81,14 @@ class ForgetSet:
         others = self.retain[retain : retain + len(self.forget)]  # never taught, then
         return replace(self, retain=kept, neighbours=same(self.neighbours), more=more, holdout=self.holdout or others)
 
-    def limited(self, n: int | None, seed: int = 0) -> ForgetSet:
-        """At most n items of each evaluation group, for a quick look."""
+    def limited(self, n: int | None, kept: int | None = None, seed: int = 0) -> ForgetSet:
+        """At most n items of each evaluation group, `kept` of those that are to be kept, for a quick look."""
         if n is None:
             return self
-        parts = ("forget", "forget_held_out", "neighbours", "general_held_out", "holdout")
-        pick = {k: sample(getattr(self, k), n, seed) for k in parts}
-        more = {k: sample(v, n, seed) for k, v in self.more.items()}
+        kept = n if kept is None else kept
+        sizes = {"forget": n, "forget_held_out": n, "holdout": n, "neighbours": kept, "general_held_out": kept}
+        pick = {part: sample(getattr(self, part), size, seed) for part, size in sizes.items()}
+        more = {k: sample(v, kept, seed) for k, v in self.more.items()}
         return replace(self, training=self.training or self.forget, more=more, **pick)
 
 

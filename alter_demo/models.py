@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -250,6 +250,31 @@ def need_disk(folder: Path, megabytes: int) -> None:
         raise UserError(
             f"{folder} needs {megabytes} MB of free disk and has {free}: make room, or choose another folder."
         )
+
+
+def reset_peak(device: str) -> None:
+    """Start `peak_mb` anew."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):  # where the kernel does not allow it the process's own peak is reported
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_mb(device: str) -> int | None:
+    """Peak memory in MB: of the GPU, or of this process; None where the system does not tell."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.max_memory_allocated() // 2**20
+    # not ru_maxrss: a child process starts at its parent's peak
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    line = next(x for x in status.read_text(encoding="utf-8").splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) // 2**10
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from .data import ForgetSet, Item, Sample, adapters, load_forget_set, read_set, 
 from .entropy import PUBLISHED_THRESHOLD, entropy_range, resolve_threshold
 from .errors import UserError
 from .methods import Method, get_method
-from .models import LM, check_adapter, load_model, need_disk, quiet
+from .models import LM, check_adapter, load_model, need_disk, peak_mb, quiet, reset_peak
 from .routing import route
 from .subdomains import discover, fit_gate, sample_features
 from .training import (
@@ -69,6 +69,7 @@ class UnlearnConfig:
     general: int = 160  # everyday prompts among the retain samples
     retain: int = 240  # retain samples at most
     limit: int | None = None  # evaluation items per group, None: all
+    kept: int | None = None  # the same for the groups that are to be kept, None: `limit`
     tokens: int = 64  # length of an answer at most when measuring
 
 
@@ -233,7 +234,7 @@ def unlearn(
     probe_items, made = split_probe(
         adapt(made, lm, config.general, lambda a, b: stage("the model's own answers", a / b))
     )
-    made = made.limited(config.limit)
+    made = made.limited(config.limit, config.kept)
     seed_everything(train.seed)
     logs: dict[str, evaluation.Log] = {}
 
@@ -248,11 +249,12 @@ def unlearn(
             measure("before", lm, lm.model, made.evaluation())  # its weights are about to change
         measuring = time.perf_counter() - started
         started = time.perf_counter()
+        reset_peak(lm.device)
         ready = prepare(lm, made, config, method, train, stage)
         trained, history, stopped = train_model(
             lm, ready, config, method, train, probe_items, on_step, should_stop, resume
         )
-        seconds["unlearn"] = round(time.perf_counter() - started, 1)
+        seconds["unlearn"], peak = round(time.perf_counter() - started, 1), peak_mb(lm.device)
         run = Run(lm, trained, {}, target)
         started = time.perf_counter()
         if evaluate:
@@ -274,6 +276,7 @@ def unlearn(
     run.metrics = {
         **figures(logs),
         "seconds": seconds,
+        "peak_memory_mb": peak,
         "config": {"unlearn": asdict(config), "train": asdict(train), "alter": alter_entries(ready.alter)},
         "seed": train.seed,
         "data": {"forget_set": made.name, **{k: len(v) for k, v in made.evaluation().items()}},
@@ -490,7 +493,7 @@ def train_model(lm, ready: Prepared, config, method: Method, train, probe_items,
     progress = Progress(train, probe, on_step, should_stop)
     start = probe()
     # a model that never learned the set finds a right answer no likelier than a wrong one
-    progress.target = 1.0 if wrong else start * train.stop_ratio
+    progress.target = train.stop_truth if wrong else start * train.stop_ratio
     progress.history.append({"step": 0, "seconds": 0.0, "probe": start})
     paired = method.instead in ("paired", "novice")
     length = train.max_steps * train.batch_size

@@ -49,6 +49,7 @@ class TrainConfig:
     retention: str = field(default="distill", metadata={"help": "distill (to the frozen model) or nll (published)"})
     probe_every: int = field(default=4, metadata={"help": "steps between two looks at the forget probe"})
     stop_ratio: float = field(default=0.005, metadata={"help": "stop when the probe's probability fell to this share"})
+    stop_truth: float = field(default=1.0, metadata={"help": "or when right answers are so much likelier than wrong"})
     save_steps: int = field(default=0, metadata={"help": "a checkpoint every so many steps, 0: none"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, more time"})
     seed: int = field(default=0, metadata={"help": "random seed"})

@@ -1,0 +1,176 @@
+"""A benchmark: every method, several seeds, one results file that each finished item is added to.
+
+The target and the retain-only model are taught and measured once and kept in the cache. An interrupted grid goes on
+where it stopped: what stands in the results file is not run again.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from . import evaluate as evaluation
+from .answers import adapt, key, write_json
+from .data import ForgetSet, adapters, load_forget_set
+from .errors import UserError
+from .learn import LearnConfig, learn
+from .methods import get_method
+from .models import cache_dir, load_model
+from .runs import UnlearnConfig, split_probe, unlearn
+from .training import train_config
+
+REFERENCES = ("target", "retain")
+
+
+@dataclass
+class GridConfig:
+    """What is asked and of which model. `cpu` in SIZES fits two cores, `full` a GPU."""
+
+    forget: str = "tofu-forget01"
+    model: str = "smollm2-135m"
+    retain_items: int | None = None  # how many of the retain items exist for these models at all
+    limit: int | None = None  # measured items a group
+    kept: int | None = None  # the same for the groups that are to be kept
+    tokens: int = 200  # length of an answer at most
+    epochs: int = 12  # of teaching
+
+
+SIZES = {"cpu": {"retain_items": 200, "limit": 40, "kept": 20, "tokens": 64}, "full": {}}
+
+
+def grid_config(size: str, **values) -> GridConfig:
+    if size not in SIZES:
+        raise UserError(f"The size is one of {', '.join(SIZES)}, not {size!r}.")
+    return GridConfig(**SIZES[size] | {k: v for k, v in values.items() if v is not None})
+
+
+def read_results(path: Path) -> dict:
+    """{"runs": [...]} of a results file, without runs when it is not there yet.
+
+    Raises:
+        UserError: the file was cut short or is something else.
+    """
+    if not path.is_file():
+        return {"runs": []}
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        for run in results["runs"]:
+            run["method"], run["seed"], run["metrics"], run["config"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise UserError(f"{path} is not a whole results file: restore it (git), or choose another name.") from None
+    return results
+
+
+def taught(config: GridConfig, made: ForgetSet, device: str, dtype: str, on_step, stage) -> dict[str, Path]:
+    """Folders of the adapters of the target and the retain-only model; taught now if they are not in the cache."""
+    if config.retain_items is None and config.model and (shipped := adapters(made.name, config.model)):
+        return shipped
+    name = f"{made.name}-{config.retain_items or 'all'}-{Path(config.model).name}-{config.epochs}"
+    folders = {which: cache_dir() / "taught" / name / which for which in REFERENCES}
+    for which, folder in folders.items():
+        if not (folder / "adapter_config.json").is_file():
+            stage(f"teaching the {which} model", 0.0)
+            lm = load_model(config.model, device, dtype)
+            learn(lm, made, which, folder, LearnConfig(epochs=config.epochs), on_step)
+    return folders
+
+
+def measured(config: GridConfig, made: ForgetSet, folder: Path, device: str, dtype: str, stage) -> evaluation.Log:
+    """Log of the target or the retain-only model on the groups of `made`, kept in the cache."""
+    lm = load_model(config.model, device, dtype, folder)
+    file = cache_dir() / "logs" / f"{made.name}-{key(lm)}-{lm.dtype}-{config.limit or 'all'}"
+    file = file.with_name(f"{file.name}-{config.kept or 'all'}-{config.tokens}.json")
+    if not file.is_file():
+        log = evaluation.evaluate(lm, lm.model, made.evaluation(), config.tokens, stage)
+        evaluation.write_log(log, file)
+    return evaluation.read_log(file)
+
+
+def grid(
+    config: GridConfig,
+    methods: list[str],
+    seeds: list[int],
+    path: Path,
+    overrides: dict | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    on_step: Callable | None = None,
+    on_stage: Callable[[str, float], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict:
+    """Run what is missing in `path` and return the results.
+
+    Args:
+        overrides: TrainConfig values in place of the methods' own; such runs stand beside the others.
+    Raises:
+        UserError: an unknown method, a damaged results file, no data.
+    """
+    stage = on_stage or (lambda what, share: None)
+    for method in methods:
+        get_method(method)
+    overrides = overrides or {}
+    results = read_results(path)
+    missing = [
+        (m, s) for s in seeds for m in methods
+        if identity(m, s, config, overrides) not in {r["id"] for r in results["runs"]}
+    ]  # fmt: skip
+    made = load_forget_set(config.forget).smaller(config.retain_items)
+    if not made.learned:
+        raise UserError(f"{config.forget} was not taught to the model: the grid needs TOFU or imaginary-authors.")
+    folders = taught(config, made, device, dtype, on_step, stage)
+    lm = load_model(config.model, device, dtype, folders["target"])
+    asked = split_probe(adapt(made, lm))[1].limited(config.limit, config.kept)
+    hardware = lm.hardware
+    del lm
+    logs = {which: measured(config, asked, folders[which], device, dtype, stage) for which in REFERENCES}
+    for which in REFERENCES:
+        if identity(which, 0, config, {}) not in {r["id"] for r in results["runs"]}:
+            flat = evaluation.summary(logs[which], logs["retain"])
+            add(results, path, which, 0, flat, config, {}, hardware=hardware)
+    for number, (method, seed) in enumerate(missing, 1):
+        if should_stop():
+            break
+        gc.collect()
+        lm = load_model(config.model, device, dtype, folders["target"])
+        name = f"{number} of {len(missing)}: {method}, seed {seed}"
+        run = unlearn(
+            lm, made, UnlearnConfig(method=method, limit=config.limit, kept=config.kept, tokens=config.tokens),
+            train_config(method, seed=seed, **overrides), folder=None, before=logs["target"], retain_log=logs["retain"],
+            on_step=on_step, on_stage=lambda what, share, name=name: stage(f"{name}: {what}", share),
+            should_stop=should_stop,
+        )  # fmt: skip
+        if run.metrics["stopped"] == "stopped by hand":
+            break  # half an item is none
+        flat = run.metrics["after"]["summary"] | to_base(run)
+        add(
+            results, path, method, seed, flat, config, overrides, steps=run.metrics["steps"],
+            stopped=run.metrics["stopped"], train=run.metrics["config"]["train"], seconds=run.metrics["seconds"],
+            peak_memory_mb=run.metrics["peak_memory_mb"], hardware=hardware, date=run.metrics["date"],
+            probe=[h["probe"] for h in run.metrics["history"] if "probe" in h],
+        )  # fmt: skip
+        del run, lm
+    return results
+
+
+def to_base(run) -> dict[str, float]:
+    """ROUGE-L of the answers to the target's own, on what was to be kept."""
+    groups = run.metrics["after"]
+    kept = [g for g in ("neighbours", "general") if "rouge_l_to_base" in groups.get(g, {})]
+    return {f"{g}_ROUGE_to_base": groups[g]["rouge_l_to_base"] for g in kept}
+
+
+def identity(method: str, seed: int, config: GridConfig, overrides: dict) -> str:
+    return json.dumps(
+        [method, seed, config.forget, config.model, config.retain_items, config.limit, config.kept, overrides]
+    )
+
+
+def add(results: dict, path: Path, method: str, seed: int, metrics: dict, config, overrides: dict, **more) -> None:
+    entry = {"id": identity(method, seed, config, overrides), "method": method, "seed": seed}
+    entry["metrics"] = {k: round(v, 9) if abs(v) > 1e-6 else v for k, v in metrics.items()}
+    entry["config"] = asdict(config) | {"overrides": overrides} | {k: more.pop(k) for k in ("train",) if k in more}
+    results["runs"].append(entry | more)
+    write_json(path, results)

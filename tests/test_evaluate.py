@@ -1,0 +1,176 @@
+"""Logs, figures, and the official numbers that nobody here computed."""
+
+import json
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import OWN_FORGET, OWN_RETAIN
+
+from alter_demo import evaluate as evaluation
+from alter_demo import load_model, metrics
+from alter_demo.cli import main
+from alter_demo.errors import UserError
+
+OFFICIAL = Path(__file__).parents[2] / "shared" / "fixtures" / "tofu_official"
+UTILITY = {
+    "full": 0.6226773637427152,
+    "retain90": 0.613744995233942,
+    "retain95": 0.6005765316813113,
+    "retain99": 0.6207444755970777,
+}
+
+
+def run(capsys, *args):
+    code = main(["evaluate", *map(str, args)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("model", UTILITY)
+def test_model_utility_of_the_official_logs(model, capsys):
+    if not OFFICIAL.is_dir():
+        pytest.skip("../shared/fixtures is absent")
+    code, out, _ = run(capsys, "--logs", OFFICIAL / f"llama2-7b_{model}.json")
+    assert code == 0 and json.loads(out)["model_utility"] == pytest.approx(UTILITY[model], abs=1e-9)
+
+
+def test_forget_quality_of_the_official_logs(capsys):
+    if not OFFICIAL.is_dir():
+        pytest.skip("../shared/fixtures is absent")
+    logs = [OFFICIAL / f"llama2-7b_{m}.json" for m in ("full", "retain90")]
+    _, out, _ = run(capsys, "--logs", logs[0], "--retain-logs", logs[1])
+    assert json.loads(out)["forget_quality"] == pytest.approx(1.834066410994743e-21, rel=1e-9)
+    _, out, _ = run(capsys, "--logs", logs[1], "--retain-logs", logs[1])
+    assert json.loads(out)["forget_quality"] == 1.0
+
+
+def small_log() -> evaluation.Log:
+    rows = pd.DataFrame(
+        {
+            "question": ["a", "a", "c"],  # one question may stand twice
+            "answer": ["x", "y", "z"],
+            "avg_gt_loss": [0.5, 1.0, 2.0],
+            "exact_memorization": [1.0, 0.5, 0.0],
+            "extraction_strength": [1.0, 0.25, 0.0],
+            "generated_text": ["x", "", "z z z z z z z z"],
+            "rougeL_recall": [1.0, 0.0, 1.0],
+            "rougeL_f1": [1.0, 0.0, 0.2],
+            "avg_paraphrased_loss": [1.0, 1.5, 2.0],
+            "average_perturb_loss": [[1.0, 2.0], [3.0, 1.0], [2.0, 2.0]],
+            **{name: [0.1, 0.2, 0.3] for name in evaluation.MIA},
+        }
+    )
+    holdout = rows[["question", "answer", "avg_gt_loss", *evaluation.MIA]].assign(mia_min_k=[0.4, 0.5, 0.15])
+    return {"forget": rows, "retain": rows.drop(columns=list(evaluation.MIA)), "holdout": holdout}
+
+
+def test_a_log_of_ours_is_read_back_whole(tmp_path, capsys):
+    log = small_log()
+    evaluation.write_log(log, tmp_path / "log.json")
+    again = evaluation.read_log(tmp_path / "log.json")
+    assert evaluation.summary(again, again) == pytest.approx(evaluation.summary(log, log))
+    field = json.loads((tmp_path / "log.json").read_text())
+    assert field["forget_Q_A_Prob"]["value_by_index"]["1"] == {"avg_loss": 1.0, "prob": math.exp(-1)}
+    assert field["extraction_strength"]["agg_value"] == pytest.approx(1.25 / 3)
+    assert field["forget_Truth_Ratio"]["value_by_index"]["2"]["score"] == pytest.approx(1.0)
+    code, out, _ = run(capsys, "--logs", tmp_path / "log.json", "--retain-logs", tmp_path / "log.json")
+    flat = json.loads(out)
+    assert code == 0 and flat["forget_quality"] == 1.0 and flat["privleak"] == 0.0
+    # three members below three others but for one pair: 8 of 9
+    assert flat["mia_min_k"] == pytest.approx(7 / 9)
+
+
+def test_summary_by_hand():
+    flat = evaluation.summary({"retain": small_log()["retain"]})
+    p = [math.exp(-x) for x in (0.5, 1.0, 2.0)]
+    r = [math.exp(1.0 - 1.5), math.exp(1.5 - 2.0), 1.0]
+    parts = [sum(p) / 3, 2 / 3, sum(1 - x for x in r) / 3]
+    assert flat["model_utility"] == pytest.approx(3 / sum(1 / x for x in parts))
+    assert metrics.normalised_probability(0.3, [0.1, 0.2]) == pytest.approx(0.5)
+
+
+def broken(kind: str, log: dict) -> str:
+    if kind == "cut":
+        return json.dumps(log)[:-40]
+    if kind == "unequal":
+        del log["forget_Q_A_ROUGE"]["value_by_index"]["1"]
+    if kind == "nan":
+        log["forget_Q_A_Prob"]["value_by_index"]["1"]["avg_loss"] = float("nan")
+    if kind == "text":
+        log["forget_Q_A_Prob"]["value_by_index"]["1"]["avg_loss"] = "low"
+    if kind == "shape":
+        log = {"forget_Q_A_Prob": [1, 2]}
+    if kind == "list":
+        log = [1, 2]
+    if kind == "strange":
+        log = {"loss": 1}
+    return json.dumps(log)
+
+
+BROKEN = [
+    ("cut", "cut short"),
+    ("unequal", "unequal items"),
+    ("nan", "not a number"),
+    ("text", "not a number"),
+    ("shape", "not an evaluation log"),
+    ("list", "not an evaluation log"),
+    ("strange", "no items"),
+]
+
+
+@pytest.mark.parametrize("kind, sentence", BROKEN)
+def test_a_bad_log_is_one_sentence(kind, sentence, tmp_path, capsys):
+    (tmp_path / "log.json").write_text(broken(kind, evaluation.to_field(small_log())))
+    code, _, err = run(capsys, "--logs", tmp_path / "log.json")
+    assert code == 2 and sentence in err and len(err.strip().splitlines()) == 1
+
+
+def test_retain_log_missing_or_of_other_items(tmp_path, capsys):
+    log = small_log()
+    evaluation.write_log(log, tmp_path / "a.json")
+    evaluation.write_log({k: v.iloc[:2] for k, v in log.items()}, tmp_path / "b.json")
+    evaluation.write_log({"retain": log["retain"]}, tmp_path / "c.json")
+    for other, sentence in (("nowhere", "no log"), ("b", "same questions"), ("c", "no forget part")):
+        code, _, err = run(capsys, "--logs", tmp_path / "a.json", "--retain-logs", tmp_path / f"{other}.json")
+        assert code == 2 and sentence in err
+
+
+def test_evaluate_agrees_with_a_pass_by_hand(taught, cache):
+    lm = load_model(str(taught), dtype="float32")
+    groups = {"forget": OWN_FORGET[:5], "general": OWN_RETAIN[:4], "holdout": OWN_RETAIN[4:8]}
+    log = evaluation.evaluate(lm, lm.model, groups, tokens=8)
+    assert "generated_text" not in log["holdout"] and list(log) == list(groups)
+    from alter_demo.data import render
+
+    for i, item in enumerate(groups["forget"]):
+        import torch
+
+        sample = render(lm.tokenizer, item)[0]
+        logits = lm.model(torch.tensor([sample.ids])).logits[0, sample.start - 1 : -1]
+        labels = torch.tensor(sample.ids[sample.start :])
+        row = log["forget"].iloc[i]
+        assert row["avg_gt_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-4)
+        hits = (logits.argmax(-1) == labels)[:-1].tolist()
+        assert row["exact_memorization"] == pytest.approx(sum(hits) / len(hits))
+        tail = 0  # tokens at the end that all follow from those before
+        while tail < len(hits) and hits[len(hits) - 1 - tail]:
+            tail += 1
+        assert row["extraction_strength"] == pytest.approx(tail / len(hits))
+    # what was taught by heart tells itself from what was not
+    assert log["forget"]["avg_gt_loss"].mean() < 1
+
+
+def test_extraction_strength_and_mia_by_hand():
+    assert metrics.extraction_strength([True, False, True, True]) == 0.5
+    assert metrics.extraction_strength([True] * 3) == 1 and metrics.extraction_strength([False] * 3) == 0
+    assert metrics.extraction_strength([True, True, False]) == 0 and metrics.exact_memorization([]) == 0
+    assert metrics.min_k([-1, -2, -3, -4, -5]) == 4.5  # the two lowest of five
+    assert metrics.auc([1, 2], [3, 4]) == 1 and metrics.auc([1, 4], [2, 3]) == 0.5
+    assert metrics.privleak(0.9, 0.5) == pytest.approx(-80) and metrics.privleak(0.5, 0.5) == 0
+    assert metrics.asg({"bleu": 0.2, "rouge": 0.4}, {"bleu": 0.1, "rouge": 0.1}) == pytest.approx(20)
+    with pytest.raises(UserError):
+        metrics.asg({"bleu": 0.2}, {"rouge": 0.1})
+    assert metrics.bleu(["the cat sat on the mat"], ["The cat sat on the mat"]) == pytest.approx(1)
+    assert metrics.bleu([""], ["a b"]) == 0 and metrics.rouge("", "a b") == (0, 0)
