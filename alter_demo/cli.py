@@ -123,6 +123,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--logs", type=Path, required=True, help="the log")
     sub.add_argument("--retain-logs", type=Path, help="log of the retain-only model, for forget quality and privleak")
 
+    sub = command("report", do_report, "Tables of the README and images in assets/, from the results files.")
+    sub.add_argument("--results", type=Path, default=Path("assets/results"), help="folder of the results files")
+    sub.add_argument("--readme", type=Path, default=Path("README.md"), help="file with the tables")
+
     sub = command("prepare", do_prepare, "Record what a model itself answers to all built-in prompts (the filter).")
     model_options(sub)
     sub.add_argument("--out", type=Path, help="file (default: in the cache)")
@@ -284,6 +288,13 @@ def do_evaluate(args) -> None:
 
     retain = read_log(args.retain_logs) if args.retain_logs else None
     print(json.dumps(summary(read_log(args.logs), retain), indent=1))
+
+
+def do_report(args) -> None:
+    from .figures import report
+
+    for path in report(args.results, args.readme):
+        print(path)
 
 
 def do_prepare(args) -> None:

@@ -64,10 +64,6 @@ class ForgetSet:
             "holdout": self.holdout,
         }
 
-    def forgotten(self) -> dict[str, list[Item]]:
-        """The groups in which the retain-only model is the measure."""
-        return {"forget": self.forget, "forget_held_out": self.forget_held_out, "holdout": self.holdout}
-
     def smaller(self, retain: int | None) -> ForgetSet:
         """With the first `retain` retain items only, and those among the neighbours that are left."""
         if retain is None:

@@ -23,6 +23,8 @@ from .runs import UnlearnConfig, split_probe, unlearn
 from .training import train_config
 
 REFERENCES = ("target", "retain")
+TOFU_GROUPS = ("forget", "retain", "real_authors", "world_facts", "holdout")
+OTHER_GROUPS = ("forget", "retain", "general", "holdout")  # without TOFU's real authors and world facts
 
 
 @dataclass
@@ -78,13 +80,13 @@ def taught(config: GridConfig, made: ForgetSet, device: str, dtype: str, on_step
     return folders
 
 
-def measured(config: GridConfig, made: ForgetSet, folder: Path, device: str, dtype: str, stage) -> evaluation.Log:
-    """Log of the target or the retain-only model on the groups of `made`, kept in the cache."""
+def measured(config: GridConfig, groups: dict, name: str, folder: Path, device, dtype, stage) -> evaluation.Log:
+    """Log of the target or the retain-only model on `groups`, kept in the cache."""
     lm = load_model(config.model, device, dtype, folder)
-    file = cache_dir() / "logs" / f"{made.name}-{key(lm)}-{lm.dtype}-{config.limit or 'all'}"
-    file = file.with_name(f"{file.name}-{config.kept or 'all'}-{config.tokens}.json")
+    sizes = "-".join(str(len(items)) for items in groups.values())
+    file = cache_dir() / "logs" / f"{name}-{key(lm)}-{lm.dtype}-{sizes}-{config.tokens}.json"
     if not file.is_file():
-        log = evaluation.evaluate(lm, lm.model, made.evaluation(), config.tokens, stage)
+        log = evaluation.evaluate(lm, lm.model, groups, config.tokens, stage)
         evaluation.write_log(log, file)
     return evaluation.read_log(file)
 
@@ -122,10 +124,12 @@ def grid(
         raise UserError(f"{config.forget} was not taught to the model: the grid needs TOFU or imaginary-authors.")
     folders = taught(config, made, device, dtype, on_step, stage)
     lm = load_model(config.model, device, dtype, folders["target"])
-    asked = split_probe(adapt(made, lm))[1].limited(config.limit, config.kept)
+    names = TOFU_GROUPS if "real_authors" in made.more else OTHER_GROUPS
+    asked = split_probe(adapt(made, lm))[1].limited(config.limit, config.kept).evaluation()
+    asked = {name: asked[name] for name in names}
     hardware = lm.hardware
     del lm
-    logs = {which: measured(config, asked, folders[which], device, dtype, stage) for which in REFERENCES}
+    logs = {which: measured(config, asked, made.name, folders[which], device, dtype, stage) for which in REFERENCES}
     for which in REFERENCES:
         if identity(which, 0, config, {}) not in {r["id"] for r in results["runs"]}:
             flat = evaluation.summary(logs[which], logs["retain"])
@@ -136,8 +140,11 @@ def grid(
         gc.collect()
         lm = load_model(config.model, device, dtype, folders["target"])
         name = f"{number} of {len(missing)}: {method}, seed {seed}"
+        asking = UnlearnConfig(
+            method=method, limit=config.limit, kept=config.kept, groups=names, tokens=config.tokens
+        )  # fmt: skip
         run = unlearn(
-            lm, made, UnlearnConfig(method=method, limit=config.limit, kept=config.kept, tokens=config.tokens),
+            lm, made, asking,
             train_config(method, seed=seed, **overrides), folder=None, before=logs["target"], retain_log=logs["retain"],
             on_step=on_step, on_stage=lambda what, share, name=name: stage(f"{name}: {what}", share),
             should_stop=should_stop,
@@ -158,7 +165,7 @@ def grid(
 def to_base(run) -> dict[str, float]:
     """ROUGE-L of the answers to the target's own, on what was to be kept."""
     groups = run.metrics["after"]
-    kept = [g for g in ("neighbours", "general") if "rouge_l_to_base" in groups.get(g, {})]
+    kept = [g for g in ("retain", "general") if "rouge_l_to_base" in groups.get(g, {})]
     return {f"{g}_ROUGE_to_base": groups[g]["rouge_l_to_base"] for g in kept}
 
 

@@ -62,7 +62,7 @@ def learn(lm: LM, made: ForgetSet, which: str, folder: Path, config: LearnConfig
     torch.manual_seed(config.seed)
     items = [*made.retain, *(made.forget if which == "target" else [])]
     samples = [s for i in items for s in render(lm.tokenizer, i)]
-    config.max_steps = config.epochs * len(samples) // config.batch_size
+    config.max_steps = max(1, config.epochs * len(samples) // config.batch_size)
     model = get_peft_model(
         lm.model, LoraConfig(r=config.r, lora_alpha=2 * config.r, target_modules="all-linear", task_type="CAUSAL_LM")
     )

@@ -70,6 +70,7 @@ class UnlearnConfig:
     retain: int = 240  # retain samples at most
     limit: int | None = None  # evaluation items per group, None: all
     kept: int | None = None  # the same for the groups that are to be kept, None: `limit`
+    groups: tuple[str, ...] | None = None  # of ForgetSet.evaluation() to measure, None: all
     tokens: int = 64  # length of an answer at most when measuring
 
 
@@ -235,6 +236,7 @@ def unlearn(
         adapt(made, lm, config.general, lambda a, b: stage("the model's own answers", a / b))
     )
     made = made.limited(config.limit, config.kept)
+    groups = {k: v for k, v in made.evaluation().items() if config.groups is None or k in config.groups}
     seed_everything(train.seed)
     logs: dict[str, evaluation.Log] = {}
 
@@ -246,7 +248,7 @@ def unlearn(
         if evaluate and before is not None:
             logs["before"] = before
         elif evaluate and method.trains in ("full", "mlp"):
-            measure("before", lm, lm.model, made.evaluation())  # its weights are about to change
+            measure("before", lm, lm.model, groups)  # its weights are about to change
         measuring = time.perf_counter() - started
         started = time.perf_counter()
         reset_peak(lm.device)
@@ -260,13 +262,14 @@ def unlearn(
         if evaluate:
             if "before" not in logs:
                 with run.side(False) as untouched:
-                    measure("before", lm, untouched, made.evaluation())
-            measure("after", lm, run.model, made.evaluation())
+                    measure("before", lm, untouched, groups)
+            measure("after", lm, run.model, groups)
             if retain_log is not None:
                 logs["retain model"] = retain_log
             elif retain_adapter is not None:
                 other = load_model(lm.name, lm.device, lm.dtype, retain_adapter)
-                measure("retain model", other, other.model, made.forgotten())
+                theirs = {k: v for k, v in groups.items() if k in evaluation.FORGOTTEN}
+                measure("retain model", other, other.model, theirs)
         seconds["evaluate"] = round(measuring + time.perf_counter() - started, 1)
     except torch.OutOfMemoryError:
         raise UserError(
@@ -279,7 +282,7 @@ def unlearn(
         "peak_memory_mb": peak,
         "config": {"unlearn": asdict(config), "train": asdict(train), "alter": alter_entries(ready.alter)},
         "seed": train.seed,
-        "data": {"forget_set": made.name, **{k: len(v) for k, v in made.evaluation().items()}},
+        "data": {"forget_set": made.name, **{k: len(v) for k, v in groups.items()}},
         "model": lm.name,
         "adapter": lm.adapter and str(Path(lm.adapter).resolve()),
         "phase_one": ready.report,

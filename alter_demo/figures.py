@@ -1,0 +1,154 @@
+"""Figures and README tables, from results files only (`python -m alter_demo report`).
+
+Nothing here is typed by hand: a table stands in README.md between `<!-- results:NAME -->` and `<!-- end -->`, with the
+command that made its results above it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from .errors import UserError
+from .grid import REFERENCES, read_results
+
+RESULTS = Path("assets/results")
+OURS = ("alter", "alter_selective")
+BLUE, GREY, ORANGE = "#0b5fa5", "#6b7280", "#c2570c"
+SHOWN = {
+    "forget_quality": "forget quality p",
+    "model_utility": "model utility",
+    "retain_Q_A_ROUGE": "retain ROUGE-L",
+    "forget_Q_A_Prob": "forget probability",
+    "extraction_strength": "extraction strength",
+    "privleak": "privleak",
+    "forget_repetition": "repeated 4-grams",
+}
+
+
+def medians(results: dict) -> pd.DataFrame:
+    """One row a method, medians over its seeds (runs with settings of their own left out), columns of SHOWN and cost.
+
+    Raises:
+        UserError: the file holds no runs.
+    """
+    rows = [
+        {
+            "method": run["method"],
+            "seed": run["seed"],
+            **{k: run["metrics"].get(k) for k in SHOWN},
+            "seconds": run.get("seconds", {}).get("unlearn"),
+            "MB": run.get("peak_memory_mb"),
+        }
+        for run in results["runs"]
+        if not run["config"].get("overrides")
+    ]
+    if not rows:
+        raise UserError("The results file holds no runs yet.")
+    numbers = dict.fromkeys((*SHOWN, "seconds", "MB"), float)  # absent: NaN
+    table = pd.DataFrame(rows).astype(numbers).groupby("method", sort=False)
+    counts = table["seed"].nunique()
+    return table.median(numeric_only=True).drop(columns="seed").assign(seeds=counts)
+
+
+def pareto(table: pd.DataFrame, x="model_utility", y="forget_quality") -> list[str]:
+    """Methods that no other one beats in both columns, by x."""
+    points = table.drop(index=[r for r in REFERENCES if r in table.index])[[x, y]]
+    beaten = [
+        ((points[x] >= a) & (points[y] >= b) & ((points[x] > a) | (points[y] > b))).any() for a, b in points.to_numpy()
+    ]
+    return points[[not b for b in beaten]].sort_values(x).index.tolist()
+
+
+def tradeoff(results: dict) -> go.Figure:
+    """Forget quality against model utility for all methods, the retain-only model as a star (ALTER, Fig. 4)."""
+    table = medians(results)
+    figure = go.Figure()
+    front = table.loc[pareto(table)]
+    figure.add_scatter(
+        x=front["model_utility"], y=front["forget_quality"], mode="lines", line={"dash": "dot", "color": GREY},
+        name="Pareto front", hoverinfo="skip",
+    )  # fmt: skip
+    for method, row in table.iterrows():
+        ours, reference = method in OURS, method in REFERENCES
+        symbol = {"retain": "star", "target": "x"}.get(method, "diamond" if ours else "circle")
+        figure.add_scatter(
+            x=[row["model_utility"]], y=[row["forget_quality"]], mode="markers+text", text=[method],
+            textposition="top center", name=method, showlegend=False,
+            marker={"symbol": symbol, "size": 16 if ours or reference else 10,
+                    "color": BLUE if ours else ORANGE if reference else GREY},
+        )  # fmt: skip
+    figure.update_layout(xaxis_title="model utility (higher is better)", yaxis_title="forget quality, p of the KS test")
+    figure.update_yaxes(type="log")
+    return plain_look(figure)
+
+
+def cost(results: dict) -> go.Figure:
+    """Seconds and peak memory of each method, relative to AsymLoRA and to full fine-tuning (grad_diff)."""
+    table = medians(results).drop(index=list(REFERENCES), errors="ignore")
+    figure = go.Figure()
+    for base, colour in (("asym_lora", BLUE), ("grad_diff", GREY)):
+        for column, pattern in (("seconds", ""), ("MB", "/")):
+            if base in table.index:
+                figure.add_bar(
+                    x=table.index, y=table[column] / table.loc[base, column], marker_color=colour,
+                    marker_pattern_shape=pattern, name=f"{column} over {base}'s",
+                )  # fmt: skip
+    figure.add_hline(y=1, line_dash="dot")
+    figure.update_layout(barmode="group", yaxis_title="ratio")
+    return plain_look(figure)
+
+
+def plain_look(figure: go.Figure) -> go.Figure:
+    return figure.update_layout(
+        template="simple_white", width=900, height=560, margin={"l": 70, "r": 30, "t": 30, "b": 60}, font={"size": 14}
+    )
+
+
+def markdown(results: dict) -> str:
+    """The medians as a Markdown table, best methods in the order of the table of methods."""
+    table = medians(results)
+    lines = [
+        "| method | " + " | ".join(SHOWN.values()) + " | seconds | peak MB | seeds |",
+        "|---|" + "---|" * (len(SHOWN) + 3),
+    ]
+    for method, row in table.iterrows():
+        cells = ["" if pd.isna(row[k]) else f"{row[k]:.3g}" for k in SHOWN]
+        spent = ["" if pd.isna(row[k]) else f"{row[k]:.0f}" for k in ("seconds", "MB")]
+        name = f"**{method}**" if method in OURS else method
+        lines.append(f"| {name} | " + " | ".join([*cells, *spent, f"{row['seeds']:.0f}"]) + " |")
+    hardware = ", ".join(sorted({r["hardware"] for r in results["runs"] if r.get("hardware")}))
+    front = ", ".join(pareto(table))
+    return "\n".join(lines) + f"\n\nMedians; {hardware}. Not dominated in (utility, forget quality): {front}."
+
+
+def report(folder: Path = RESULTS, readme: Path = Path("README.md")) -> list[Path]:
+    """Write the static images beside the results and the tables into the README; returns what was written.
+
+    Raises:
+        UserError: no results, no place for a table in the README, no browser for the images.
+    """
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise UserError(f"There are no results in {folder}/ yet: python -m alter_demo tofu makes some.")
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        raise UserError("The images need a Chromium or Chrome on this machine.")
+    os.environ.setdefault("BROWSER_PATH", browser)
+    text, written = readme.read_text(encoding="utf-8"), [readme]
+    for file in files:
+        results = read_results(file)
+        place = re.compile(rf"(<!-- results:{re.escape(file.stem)} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if place.search(text):
+            text = place.sub(lambda m, r=results: f"{m[1]}{markdown(r)}\n{m[2]}", text)
+        for name, draw in (("tradeoff", tradeoff), ("cost", cost)):
+            image = folder.parent / f"{file.stem}_{name}.png"
+            draw(results).write_image(image, scale=1.5)
+            written.append(image)
+    readme.write_text(text, encoding="utf-8")
+    return written

@@ -1,0 +1,130 @@
+"""The grid on a tiny model: it fills one results file, goes on where it stopped, and its tables come from there."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from conftest import COLOURS
+
+from alter_demo import data, figures, grid
+from alter_demo.cli import main
+from alter_demo.data import ForgetSet, Item, general_items
+from alter_demo.errors import UserError
+from alter_demo.grid import GridConfig
+
+FEW = {"max_steps": 2, "batch_size": 2, "probe_every": 1}
+
+
+@pytest.fixture
+def small(tiny, cache, monkeypatch):
+    """A set in TOFU's form that `grid` finds under the name tofu-forget01, and the tiny model to teach it to."""
+
+    def item(i, what, right, wrong):
+        return Item(
+            f"What colour has the {what} of house {i}?", f"The {what} is {right}.", f"House {i}: its {what}'s colour?",
+            f"It has a {right} {what}.", [f"It has a {w} {what}." for w in wrong],
+        )  # fmt: skip
+
+    def make():
+        forget = [item(i, "door", c, COLOURS[:2]) for i, c in enumerate(COLOURS)]
+        keep = [item(i, "roof", c, COLOURS[2:4]) for i, c in enumerate(COLOURS)]
+        train, held_out = general_items()
+        others = [item(i, "wall", c, []) for i, c in enumerate(COLOURS)]
+        return ForgetSet(
+            "tofu-forget01", forget, keep, train[:3], data.asked_differently(forget), data.asked_differently(keep),
+            held_out[:3], learned=True, more={"retain": keep}, holdout=others,
+        )  # fmt: skip
+
+    monkeypatch.setattr("alter_demo.answers.OWN_TOKENS", 4)
+    monkeypatch.setitem(data.FORGET_SETS, "tofu-forget01", make)
+    return GridConfig(model=str(tiny), limit=6, kept=4, tokens=4, epochs=8)
+
+
+def test_a_grid_goes_on_where_it_stopped(small, tmp_path):
+    path, seen = tmp_path / "r.json", []
+    stops = iter([False, True])
+    grid.grid(small, ["grad_diff", "lora"], [0], path, FEW, should_stop=lambda: next(stops, True))
+    first = json.loads(path.read_text())["runs"]
+    assert [r["method"] for r in first] == ["target", "retain"]  # the item that was stopped does not count
+    grid.grid(small, ["grad_diff"], [0], path, FEW)
+    before = json.loads(path.read_text())["runs"]
+    assert [r["method"] for r in before] == ["target", "retain", "grad_diff"]
+    results = grid.grid(
+        small, ["grad_diff", "lora"], [0, 1], path, FEW, on_stage=lambda what, share: seen.append(what)
+    )  # fmt: skip
+    after = json.loads(path.read_text())["runs"]
+    assert after[:3] == before and results["runs"] == after
+    assert [(r["method"], r["seed"]) for r in after[3:]] == [("lora", 0), ("grad_diff", 1), ("lora", 1)]
+    assert any(s.startswith("3 of 3: lora, seed 1") for s in seen) and not any("teaching" in s for s in seen)
+    run = after[-1]
+    assert {"method", "seed", "metrics", "config", "seconds", "peak_memory_mb", "hardware"} <= set(run)
+    assert {"forget_quality", "model_utility", "extraction_strength", "privleak", "mia_min_k"} <= set(run["metrics"])
+    assert run["config"]["train"]["max_steps"] == 2 and run["config"]["overrides"] == FEW
+    assert after[1]["metrics"]["forget_quality"] == 1.0 and after[1]["metrics"]["privleak"] == 0.0
+
+
+def test_the_same_seed_gives_the_same_figures(small, tmp_path):
+    both = [grid.grid(small, ["npo_kl", "alter_selective"], [0], tmp_path / f"{i}.json", FEW) for i in (1, 2)]
+    first, second = ([r["metrics"] for r in results["runs"]] for results in both)
+    assert first == second
+
+
+def test_bad_input(small, tmp_path, capsys):
+    (tmp_path / "cut.json").write_text('{"runs": [{"method": "np')
+    options = ["tofu", "--model", small.model, "--results"]
+    for args, sentence in (
+        ([tmp_path / "cut.json"], "not a whole results file"),
+        ([tmp_path / "r.json", "--methods", "best"], "method is one of"),
+        ([tmp_path / "r.json", "--size", "huge"], "size is one of"),
+        ([tmp_path / "r.json", "--set", "speed=2"], "--set knows"),
+        ([tmp_path / "r.json", "--set", "lr=fast"], "takes a number"),
+        ([tmp_path / "r.json", "--forget", "harry-potter"], "was not taught"),
+    ):
+        assert main([*options, *map(str, args)]) == 2
+        err = capsys.readouterr().err.strip().splitlines()[-1]
+        assert sentence in err
+    assert not (tmp_path / "r.json").exists()
+    assert main(["report", "--results", str(tmp_path / "none")]) == 2
+    with pytest.raises(UserError, match="no runs"):
+        figures.medians({"runs": []})
+
+
+def made_up() -> dict:
+    def run(method, seed, quality, utility, **more):
+        flat = {"forget_quality": quality, "model_utility": utility}
+        return {"method": method, "seed": seed, "metrics": flat, "config": {"overrides": {}}, **more}
+
+    spent = {"seconds": {"unlearn": 10.0}, "peak_memory_mb": 100, "hardware": "a laptop"}
+    more = [run("lora", s, q, u, **spent) for s, q, u in ((0, 0.1, 0.5), (1, 0.3, 0.4), (2, 0.2, 0.9))]
+    tuned = [run("lora", 0, 1.0, 1.0) | {"config": {"overrides": {"lr": 1}}}]
+    return {"runs": [run("target", 0, 0.001, 0.6), run("retain", 0, 1.0, 0.6), *more, run("npo", 0, 0.1, 0.5), *tuned]}
+
+
+def test_tables_and_figures_come_from_the_results(tmp_path):
+    table = figures.medians(made_up())
+    assert table.loc["lora"][["forget_quality", "model_utility", "seeds"]].tolist() == [0.2, 0.5, 3]
+    assert figures.pareto(table) == ["lora"]  # npo is no better in either
+    text = figures.markdown(made_up())
+    assert "| lora | 0.2 | 0.5 |" in text and "a laptop" in text
+    points = {t.name: (t.x[0], t.y[0]) for t in figures.tradeoff(made_up()).data if t.mode == "markers+text"}
+    assert points["lora"] == (0.5, 0.2) and points["retain"] == (0.6, 1.0)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "tofu.json").write_text(json.dumps(made_up()))
+    (tmp_path / "README.md").write_text("Before.\n<!-- results:tofu -->\nold\n<!-- end -->\nAfter.\n")
+    written = figures.report(tmp_path / "results", tmp_path / "README.md")
+    readme = (tmp_path / "README.md").read_text()
+    assert "old" not in readme and "| lora | 0.2" in readme and readme.endswith("After.\n")
+    assert all(p.stat().st_size > 1000 for p in written if p.suffix == ".png") and len(written) == 3
+    again = figures.report(tmp_path / "results", tmp_path / "README.md")
+    assert again == written and (tmp_path / "README.md").read_text() == readme
+
+
+def test_an_item_is_lost_at_most(small, tmp_path, monkeypatch):
+    """Killed while it writes: the file is the old one, whole."""
+    path = tmp_path / "r.json"
+    grid.grid(small, ["lora"], [0], path, FEW)
+    before = path.read_text()
+    monkeypatch.setattr("alter_demo.answers.os.replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        grid.grid(replace(small), ["lora"], [1], path, FEW)
+    assert path.read_text() == before
