@@ -116,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--methods", nargs="+", default=["all"], help="all, or some of methods.METHODS")
     sub.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="random seeds")
     sub.add_argument("--limit", type=int, help="measured items a group (default: the size's own)")
+    sub.add_argument("--rounds", type=int, help="forget the set in so many rounds, each from the last (sequential)")
     sub.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="TrainConfig values, for tuning")
     sub.add_argument("--results", type=Path, default=Path("assets/results/tofu.json"), help="results file")
 
@@ -242,7 +243,7 @@ def do_learn(args) -> None:
 
 
 def do_tofu(args) -> None:
-    from .grid import grid, grid_config
+    from .grid import grid, grid_config, sequential
     from .methods import METHODS
 
     config = grid_config(args.size, forget=args.forget, model=args.model, limit=args.limit)
@@ -251,10 +252,9 @@ def do_tofu(args) -> None:
     methods = list(METHODS) if args.methods == ["all"] else args.methods
     stop = Stop("this step; finished items are kept")
     with Bars() as bars:
-        results = grid(
-            config, methods, args.seeds, args.results, settings(args.set), args.device, args.dtype, bars.step,
-            bars.stage, lambda: stop.asked,
-        )  # fmt: skip
+        shared = [config, methods, args.seeds, args.results]
+        rest = settings(args.set), args.device, args.dtype, bars.step, bars.stage, lambda: stop.asked
+        results = sequential(*shared, args.rounds, *rest) if args.rounds else grid(*shared, *rest)
     table = new_table("method", "seed", "forget quality", "utility", "extraction", "steps", "seconds", "MB")
     for run in results["runs"]:
         m = run["metrics"]

@@ -33,6 +33,7 @@ class Item:
     perturbed_answer: list[str] = field(default_factory=list)
     keywords: list[str] = field(default_factory=list)  # any of them in an answer makes it right
     topic: str = ""
+    domain: int = 0  # sub-domain from 1, 0: to be found
     lead: str = ""  # start of the answer that gives nothing away, and is not unlearned
 
 

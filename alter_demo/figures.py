@@ -104,6 +104,27 @@ def cost(results: dict) -> go.Figure:
     return plain_look(figure)
 
 
+def by_round(results: dict) -> pd.DataFrame:
+    """Model utility after each round of sequential unlearning, a column a method, medians over the seeds."""
+    rows = [(*r["method"].split("/"), r["metrics"]["model_utility"]) for r in results["runs"] if "/" in r["method"]]
+    if not rows:
+        raise UserError("The results file holds no rounds: tofu --rounds makes some.")
+    table = pd.DataFrame(rows, columns=["method", "round", "utility"]).astype({"round": int})
+    return table.groupby(["round", "method"])["utility"].median().unstack()
+
+
+def sequential(results: dict) -> go.Figure:
+    """Model utility over the rounds while the forget set grows (ALTER, Fig. 5)."""
+    figure, table = go.Figure(), by_round(results)
+    for method in table:
+        figure.add_scatter(
+            x=table.index, y=table[method], mode="lines+markers", name=method,
+            line={"width": 4 if method in OURS else 2, "dash": "solid" if method in OURS else "dot"},
+        )  # fmt: skip
+    figure.update_layout(xaxis_title="round", yaxis_title="model utility")
+    return plain_look(figure)
+
+
 def plain_look(figure: go.Figure) -> go.Figure:
     return figure.update_layout(
         template="simple_white", width=900, height=560, margin={"l": 70, "r": 30, "t": 30, "b": 60}, font={"size": 14}
@@ -113,18 +134,24 @@ def plain_look(figure: go.Figure) -> go.Figure:
 def markdown(results: dict) -> str:
     """The medians as a Markdown table, best methods in the order of the table of methods."""
     table = medians(results)
-    lines = [
-        "| method | " + " | ".join(SHOWN.values()) + " | seconds | peak MB | seeds |",
-        "|---|" + "---|" * (len(SHOWN) + 3),
-    ]
+    rows = []
     for method, row in table.iterrows():
         cells = ["" if pd.isna(row[k]) else f"{row[k]:.3g}" for k in SHOWN]
         spent = ["" if pd.isna(row[k]) else f"{row[k]:.0f}" for k in ("seconds", "MB")]
-        name = f"**{method}**" if method in OURS else method
-        lines.append(f"| {name} | " + " | ".join([*cells, *spent, f"{row['seeds']:.0f}"]) + " |")
+        rows.append([f"**{method}**" if method in OURS else method, *cells, *spent, f"{row['seeds']:.0f}"])
+    lines = pipes(["method", *SHOWN.values(), "seconds", "peak MB", "seeds"], rows)
     hardware = ", ".join(sorted({r["hardware"] for r in results["runs"] if r.get("hardware")}))
     front = ", ".join(pareto(table))
-    return "\n".join(lines) + f"\n\nMedians; {hardware}. Not dominated in (utility, forget quality): {front}."
+    return f"{lines}\n\nMedians; {hardware}. Not dominated in (utility, forget quality): {front}."
+
+
+def rounds_markdown(results: dict) -> str:
+    table = by_round(results)
+    return pipes(["round", *table.columns], [[str(k), *(f"{v:.3f}" for v in row)] for k, row in table.iterrows()])
+
+
+def pipes(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(r) + " |" for r in [header, ["---"] * len(header), *rows])
 
 
 def report(folder: Path = RESULTS, readme: Path = Path("README.md")) -> list[Path]:
@@ -143,10 +170,13 @@ def report(folder: Path = RESULTS, readme: Path = Path("README.md")) -> list[Pat
     text, written = readme.read_text(encoding="utf-8"), [readme]
     for file in files:
         results = read_results(file)
+        rounds = any("/" in run["method"] for run in results["runs"])
         place = re.compile(rf"(<!-- results:{re.escape(file.stem)} -->\n).*?(<!-- end -->)", re.DOTALL)
         if place.search(text):
-            text = place.sub(lambda m, r=results: f"{m[1]}{markdown(r)}\n{m[2]}", text)
-        for name, draw in (("tradeoff", tradeoff), ("cost", cost)):
+            table = rounds_markdown(results) if rounds else markdown(results)
+            text = place.sub(lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text)
+        drawings = (("rounds", sequential),) if rounds else (("tradeoff", tradeoff), ("cost", cost))
+        for name, draw in drawings:
             image = folder.parent / f"{file.stem}_{name}.png"
             draw(results).write_image(image, scale=1.5)
             written.append(image)

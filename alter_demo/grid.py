@@ -9,17 +9,18 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from . import evaluate as evaluation
+from .adapter import MAX_EXPERTS
 from .answers import adapt, key, write_json
 from .data import ForgetSet, adapters, load_forget_set
 from .errors import UserError
 from .learn import LearnConfig, learn
 from .methods import get_method
 from .models import cache_dir, load_model
-from .runs import UnlearnConfig, split_probe, unlearn
+from .runs import UnlearnConfig, next_round, split_probe, unlearn
 from .training import train_config
 
 REFERENCES = ("target", "retain")
@@ -91,6 +92,30 @@ def measured(config: GridConfig, groups: dict, name: str, folder: Path, device, 
     return evaluation.read_log(file)
 
 
+def group_names(made: ForgetSet) -> tuple[str, ...]:
+    return TOFU_GROUPS if "real_authors" in made.more else OTHER_GROUPS
+
+
+def asking(config: GridConfig, method: str, made: ForgetSet) -> UnlearnConfig:
+    return UnlearnConfig(
+        method=method, limit=config.limit, kept=config.kept, groups=group_names(made), tokens=config.tokens
+    )
+
+
+def references(config: GridConfig, made: ForgetSet, device, dtype, on_step, stage):
+    """Adapter folders and logs of the target and the retain-only model, and the hardware."""
+    if not made.learned:
+        raise UserError(f"{config.forget} was not taught to the model: the grid needs TOFU or imaginary-authors.")
+    folders = taught(config, made, device, dtype, on_step, stage)
+    lm = load_model(config.model, device, dtype, folders["target"])
+    groups = split_probe(adapt(made, lm))[1].limited(config.limit, config.kept).evaluation()
+    groups = {name: groups[name] for name in group_names(made)}
+    hardware = lm.hardware
+    del lm
+    logs = {w: measured(config, groups, made.name, folders[w], device, dtype, stage) for w in REFERENCES}
+    return folders, logs, hardware
+
+
 def grid(
     config: GridConfig,
     methods: list[str],
@@ -120,16 +145,7 @@ def grid(
         if identity(m, s, config, overrides) not in {r["id"] for r in results["runs"]}
     ]  # fmt: skip
     made = load_forget_set(config.forget).smaller(config.retain_items)
-    if not made.learned:
-        raise UserError(f"{config.forget} was not taught to the model: the grid needs TOFU or imaginary-authors.")
-    folders = taught(config, made, device, dtype, on_step, stage)
-    lm = load_model(config.model, device, dtype, folders["target"])
-    names = TOFU_GROUPS if "real_authors" in made.more else OTHER_GROUPS
-    asked = split_probe(adapt(made, lm))[1].limited(config.limit, config.kept).evaluation()
-    asked = {name: asked[name] for name in names}
-    hardware = lm.hardware
-    del lm
-    logs = {which: measured(config, asked, made.name, folders[which], device, dtype, stage) for which in REFERENCES}
+    folders, logs, hardware = references(config, made, device, dtype, on_step, stage)
     for which in REFERENCES:
         if identity(which, 0, config, {}) not in {r["id"] for r in results["runs"]}:
             flat = evaluation.summary(logs[which], logs["retain"])
@@ -140,11 +156,8 @@ def grid(
         gc.collect()
         lm = load_model(config.model, device, dtype, folders["target"])
         name = f"{number} of {len(missing)}: {method}, seed {seed}"
-        asking = UnlearnConfig(
-            method=method, limit=config.limit, kept=config.kept, groups=names, tokens=config.tokens
-        )  # fmt: skip
         run = unlearn(
-            lm, made, asking,
+            lm, made, asking(config, method, made),
             train_config(method, seed=seed, **overrides), folder=None, before=logs["target"], retain_log=logs["retain"],
             on_step=on_step, on_stage=lambda what, share, name=name: stage(f"{name}: {what}", share),
             should_stop=should_stop,
@@ -159,6 +172,67 @@ def grid(
             probe=[h["probe"] for h in run.metrics["history"] if "probe" in h],
         )  # fmt: skip
         del run, lm
+    return results
+
+
+def sequential(
+    config: GridConfig,
+    methods: list[str],
+    seeds: list[int],
+    path: Path,
+    rounds: int = 10,
+    overrides: dict | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    on_step: Callable | None = None,
+    on_stage: Callable[[str, float], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict:
+    """Forget the set in `rounds` parts, each round starting from the last, figures after each (ALTER, Fig. 5).
+
+    A run of the results file is one round; a method and seed that lacks a round is run again from the first, since
+    the weights in between are not kept. Each part is a sub-domain with an expert of its own (from the ninth on they
+    share). The forget figures are those of the whole set.
+    """
+    stage = on_stage or (lambda what, share: None)
+    for method in methods:
+        get_method(method)
+    overrides = {"rounds": rounds} | (overrides or {})
+    results = read_results(path)
+    made = load_forget_set(config.forget).smaller(config.retain_items)
+    if not 2 <= rounds <= len(made.forget):
+        raise UserError(f"There can be 2 to {len(made.forget)} rounds, and {rounds} is not among them.")
+    folders, logs, hardware = references(config, made, device, dtype, on_step, stage)
+    size = len(made.forget) / rounds
+    items = [replace(i, domain=int(n / size) % MAX_EXPERTS + 1) for n, i in enumerate(made.forget)]
+    for method, seed in ((m, s) for s in seeds for m in methods):
+        wanted = [identity(f"{method}/{k}", seed, config, overrides) for k in range(1, rounds + 1)]
+        if should_stop() or set(wanted) <= {r["id"] for r in results["runs"]}:
+            continue
+        results["runs"] = [r for r in results["runs"] if r["id"] not in wanted]
+        lm, experts = load_model(config.model, device, dtype, folders["target"]), None
+        for k in range(1, rounds + 1):
+            so_far = items[: round(k * size)]
+            asked = {i.paraphrased_question for i in so_far}
+            part = replace(
+                made, training=so_far, forget_held_out=[i for i in made.forget_held_out if i.question in asked]
+            )
+            name = f"{method}, seed {seed}, round {k} of {rounds}"
+            own = {k: v for k, v in overrides.items() if k != "rounds"}
+            run = unlearn(
+                lm, part, asking(config, method, made), train_config(method, seed=seed, **own), folder=None,
+                before=logs["target"], retain_log=logs["retain"], experts=experts, on_step=on_step,
+                on_stage=lambda what, share, name=name: stage(f"{name}: {what}", share), should_stop=should_stop,
+            )  # fmt: skip
+            if run.metrics["stopped"] == "stopped by hand":
+                return results
+            add(
+                results, path, f"{method}/{k}", seed, run.metrics["after"]["summary"], config, overrides,
+                steps=run.metrics["steps"], seconds=run.metrics["seconds"], hardware=hardware,
+                peak_memory_mb=run.metrics["peak_memory_mb"], date=run.metrics["date"],
+            )  # fmt: skip
+            lm, experts = next_round(run)
+            del run
     return results
 
 

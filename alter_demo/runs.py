@@ -198,6 +198,7 @@ def unlearn(
     resume: Path | None = None,
     before: evaluation.Log | None = None,
     retain_log: evaluation.Log | None = None,
+    experts: dict[str, torch.Tensor] | None = None,
     on_step: Callable[[dict, int], None] | None = None,
     on_stage: Callable[[str, float], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -210,6 +211,7 @@ def unlearn(
             everything but; for `imaginary-authors` on the built-in model they lie in `assets/`.
         before, retain_log: logs of the target and of the retain-only model, if they were measured already.
         resume: a folder with the checkpoints of an interrupted run (`TrainConfig.save_steps`).
+        experts: A and B of an earlier round to start from (`next_round`).
         on_step: called after each step with its losses and the number of steps at most.
         on_stage: called with what is being done and its share done, 0 to 1.
         should_stop: asked after each step; what was learned until then is kept and measured.
@@ -254,7 +256,7 @@ def unlearn(
         reset_peak(lm.device)
         ready = prepare(lm, made, config, method, train, stage)
         trained, history, stopped = train_model(
-            lm, ready, config, method, train, probe_items, on_step, should_stop, resume
+            lm, ready, config, method, train, probe_items, on_step, should_stop, resume, experts
         )
         seconds["unlearn"], peak = round(time.perf_counter() - started, 1), peak_mb(lm.device)
         run = Run(lm, trained, {}, target)
@@ -383,7 +385,11 @@ def prepare(lm: LM, made: ForgetSet, config: UnlearnConfig, method: Method, trai
         at_answers = torch.cat([r.entropy[s.start - 1 : -1] for r, s in zip(records, samples, strict=True)])
         alter.threshold = resolve_threshold(wanted, at_answers, config.q, text.vocab_size)
         stage("phase I: sub-domains and router", 0.0)
-        labels, scores = discover(records[: len(forget)], forget, alter, config.n_experts, train.seed)
+        known = np.array([i.domain for i in source for _ in render(lm.tokenizer, i)])
+        if known.all():
+            labels, scores = known, {}
+        else:
+            labels, scores = discover(records[: len(forget)], forget, alter, config.n_experts, train.seed)
         for sample, label in zip(forget, labels, strict=True):
             sample.label = int(label)
         alter.n_experts = config.n_experts or int(labels.max())
@@ -441,11 +447,14 @@ def novice_targets(lm: LM, source: list[Item], forget: list[Sample], records: li
         record.top_ids, record.top_log_p = top.indices.cpu(), top.values.cpu()
 
 
-def trainable(lm: LM, ready: Prepared, config: UnlearnConfig, method: Method):
+def trainable(lm: LM, ready: Prepared, config: UnlearnConfig, method: Method, experts=None):
     """The model with what the method trains switched on. Weights that are trained themselves become float32."""
     if method.trains == "alter":
         model = get_peft_model(lm.model, ready.alter)
         model.get_base_model().token_router.alter_gate["default"].data.copy_(ready.gate)
+        for name, old in (experts or {}).items():
+            parameter = model.get_parameter(name)
+            parameter.data[: len(old)] = old  # A whole; of the B's those that were there, new ones stay at zero
         return model
     if method.trains == "lora":
         lora = LoraConfig(r=config.r, lora_alpha=2 * config.r, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -462,6 +471,20 @@ def trainable(lm: LM, ready: Prepared, config: UnlearnConfig, method: Method):
     return model
 
 
+def next_round(run: Run) -> tuple[LM, dict | None]:
+    """What sequential unlearning goes on from: the model, and the experts where the method has any.
+
+    Weights that were trained stay as they are, a LoRA is merged, ALTER's experts are handed on to the next adapter.
+    """
+    if not isinstance(run.model, PeftModel):
+        return run.lm, None
+    if not hasattr(run.model.get_base_model(), "token_router"):
+        return replace(run.lm, model=run.model.merge_and_unload()), None
+    named = run.model.named_parameters()
+    experts = {n: p.detach().clone() for n, p in named if ".alter_A." in n or ".alter_B." in n}
+    return replace(run.lm, model=run.model.unload()), experts
+
+
 def to_dtype(model, dtype):
     """Parameters only: buffers such as rotary frequencies stay in float32, as after loading."""
     for parameter in model.parameters():
@@ -470,9 +493,11 @@ def to_dtype(model, dtype):
     return model.requires_grad_(False)
 
 
-def train_model(lm, ready: Prepared, config, method: Method, train, probe_items, on_step, should_stop, resume):
+def train_model(
+    lm, ready: Prepared, config, method: Method, train, probe_items, on_step, should_stop, resume, experts=None
+):
     """Phase II. Returns the trained model, the history of steps and why it ended."""
-    model = trainable(lm, ready, config, method)
+    model = trainable(lm, ready, config, method, experts)
     right = [(i.question, i.paraphrased_answer or i.answer) for i in probe_items]
     wrong = [(i.question, w) for i in probe_items for w in i.perturbed_answer[:PROBE_WRONG]]
     mixed = lm.dtype == "bfloat16" and method.trains != "alter"

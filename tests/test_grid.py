@@ -128,3 +128,42 @@ def test_an_item_is_lost_at_most(small, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         grid.grid(replace(small), ["lora"], [1], path, FEW)
     assert path.read_text() == before
+
+
+def test_rounds_go_on_from_each_other(small, tmp_path):
+    path, few = tmp_path / "s.json", {"max_steps": 1, "batch_size": 2, "lr": 0.01, "lr_b": 0.01}
+    options = [small, ["alter_selective", "npo", "lora"], [0], path, 3, few]
+    results = grid.sequential(*options)
+    names = [r["method"] for r in results["runs"]]
+    assert names == [f"{m}/{k}" for m in ("alter_selective", "npo", "lora") for k in (1, 2, 3)]
+    forget = {r["method"]: r["metrics"]["forget_Q_A_Prob"] for r in results["runs"]}
+    assert len({forget[f"npo/{k}"] for k in (1, 2, 3)}) == 3  # it does go on
+    assert grid.sequential(*options) == results  # nothing is run twice
+    assert figures.by_round(results).shape == (3, 3) and len(figures.sequential(results).data) == 3
+    assert figures.rounds_markdown(results).count("\n") == 4
+    with pytest.raises(UserError, match="rounds"):
+        grid.sequential(*options[:4], 1)
+
+
+def test_experts_are_handed_on(taught, small):
+    from alter_demo import UnlearnConfig, load_model, train_config, unlearn
+    from alter_demo.runs import next_round
+
+    made = data.FORGET_SETS["tofu-forget01"]()
+    items = [replace(i, domain=1 + n // 6) for n, i in enumerate(made.forget)]
+    train = train_config("alter_selective", max_steps=3, batch_size=2, lr_b=1e-2)
+    config = UnlearnConfig(threshold="auto")
+    first = unlearn(
+        load_model(str(taught)), replace(made, training=items[:6]), config, train, folder=None, evaluate=False
+    )
+    assert first.router.config.n_experts == 1
+    lm, experts = next_round(first)
+    assert not hasattr(lm.model, "token_router")
+    train = train_config("alter_selective", max_steps=1, batch_size=2, lr_b=0.0, lr_a=0.0)
+    second = unlearn(lm, replace(made, training=items), config, train, folder=None, evaluate=False, experts=experts)
+    assert second.router.config.n_experts == 2
+    now = dict(second.model.named_parameters())
+    for name, old in experts.items():
+        assert old.any() if ".alter_A." in name else True
+        assert (now[name][: len(old)] == old).all() and not now[name][len(old) :].any()
+    assert any(p.any() for n, p in experts.items() if ".alter_B." in n)
