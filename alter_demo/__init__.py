@@ -26,7 +26,6 @@ _HOMES = {
     "TrainConfig": "training",
     "train_config": "training",
     "METHODS": "methods",
-    "evaluate": "evaluate",
     "UnlearnConfig": "runs",
     "Run": "runs",
     "unlearn": "runs",

@@ -258,7 +258,7 @@ def do_tofu(args) -> None:
     table = new_table("method", "seed", "forget quality", "utility", "extraction", "steps", "seconds", "MB")
     for run in results["runs"]:
         m = run["metrics"]
-        cells = [f"{m[k]:.3g}" for k in ("forget_quality", "model_utility", "extraction_strength")]
+        cells = [f"{m[k]:.3g}" if k in m else "" for k in ("forget_quality", "model_utility", "extraction_strength")]
         cost = run.get("steps", ""), run.get("seconds", {}).get("unlearn", ""), run.get("peak_memory_mb", "")
         table.add_row(run["method"], str(run["seed"]), *cells, *map(str, cost))
     console().print(table)
@@ -270,7 +270,7 @@ def settings(pairs: list[str]) -> dict:
 
     from .training import TrainConfig
 
-    known = {f.name: type(f.default) for f in fields(TrainConfig)}
+    known = {f.name: type(f.default) for f in fields(TrainConfig) if f.name != "seed"}
     found = {}
     for pair in pairs:
         name, _, value = pair.partition("=")

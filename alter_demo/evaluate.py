@@ -70,8 +70,8 @@ def evaluate(lm, model, groups: dict[str, list[Item]], tokens: int = 64, stage=N
         if group in FORGOTTEN:
             rows["mia_loss"] = rows["avg_gt_loss"]
             rows["mia_zlib"] = [metrics.mia_zlib(s.log_p, a) for s, a in zip(scores, answers, strict=True)]
-            rows["mia_min_k"] = [metrics.min_k(s.log_p) for s in scores]
-            rows["mia_min_k_plus_plus"] = [metrics.min_k(s.z) for s in scores]
+            rows["mia_min_k"] = [metrics.min_k(s.log_p[:-1]) for s in scores]  # without the end of turn
+            rows["mia_min_k_plus_plus"] = [metrics.min_k(s.z[:-1]) for s in scores]
         if group != "holdout":
             said = greedy(lm, questions, tokens, model, lambda a, b, g=group: stage(f"measuring {g}", a / b))
             rows["generated_text"] = said
@@ -92,13 +92,16 @@ def evaluate(lm, model, groups: dict[str, list[Item]], tokens: int = 64, stage=N
 
 def truth_ratios(rows: pd.DataFrame) -> list[float]:
     """R of each item (TOFU, Eq. 1), [] where there are no wrong answers."""
-    if "average_perturb_loss" not in rows:
+    right = next((c for c in ("avg_paraphrased_loss", "avg_gt_loss") if c in rows), None)
+    if right is None or "average_perturb_loss" not in rows:
         return []
-    pairs = zip(rows["avg_paraphrased_loss"], rows["average_perturb_loss"], strict=True)
+    pairs = zip(rows[right], rows["average_perturb_loss"], strict=True)
     return [metrics.truth_ratio(-right, [-x for x in wrong]) for right, wrong in pairs]
 
 
 def probabilities(group: str, rows: pd.DataFrame) -> list[float]:
+    if "avg_gt_loss" not in rows:
+        return []
     p = np.exp(-rows["avg_gt_loss"].to_numpy(float))
     if group not in NORMALISED or "average_perturb_loss" not in rows:
         return p.tolist()
@@ -127,10 +130,13 @@ def group_figures(group: str, rows: pd.DataFrame, before: pd.DataFrame | None = 
 def model_utility(log: Log) -> float | None:
     """Harmonic mean of probability, ROUGE-L recall and truth ratio of all groups that are to be kept; TOFU's nine
     where the groups are TOFU's (`neighbours`, the retained questions asked differently, stand in the logs beside)."""
+    kept = [g for g in log if g not in FORGOTTEN and not (g == "neighbours" and "retain" in log)]
+    if {"retain", *NORMALISED} <= set(kept):
+        kept = ["retain", *NORMALISED]
     values = []
-    for group, rows in log.items():
-        if group in FORGOTTEN or (group == "neighbours" and "retain" in log):
-            continue
+    for rows, group in ((log[g], g) for g in kept):
+        if not {"avg_gt_loss", "rougeL_recall"} <= set(rows):
+            return None  # a log of some of the parts
         values += [float(np.mean(probabilities(group, rows))), float(np.mean(rows["rougeL_recall"]))]
         if ratios := truth_ratios(rows):
             values.append(metrics.retain_truth_ratio(ratios))
@@ -149,7 +155,8 @@ def summary(log: Log, retain_log: Log | None = None) -> dict[str, float]:
     for group, rows in log.items():
         prefix = PREFIX.get(group, group)
         suffix = "_normalised" if group in NORMALISED else ""
-        flat[f"{prefix}_Q_A_Prob{suffix}"] = float(np.mean(probabilities(group, rows)))
+        if p := probabilities(group, rows):
+            flat[f"{prefix}_Q_A_Prob{suffix}"] = float(np.mean(p))
         if "rougeL_recall" in rows:
             flat[f"{prefix}_Q_A_ROUGE"] = float(np.mean(rows["rougeL_recall"]))
         if ratios := truth_ratios(rows):
@@ -169,7 +176,7 @@ def summary(log: Log, retain_log: Log | None = None) -> dict[str, float]:
     if "generated_text" in forget:
         flat["forget_repetition"] = float(np.mean([metrics.repetition(t) for t in forget["generated_text"]]))
     for name in MIA:
-        if name in forget and "holdout" in log:
+        if name in forget and name in log.get("holdout", ()):
             flat[name] = metrics.auc(forget[name], log["holdout"][name])
     if retain_log is not None:
         flat |= against_retain_model(flat, log, retain_log)
@@ -189,10 +196,10 @@ def against_retain_model(flat: dict, log: Log, retain_log: Log) -> dict[str, flo
                 f"The log has {len(log[group])} items in its forget part and the retain model's "
                 f"{len(retain_log[group])}: both must have been asked the same questions."
             )
-        if ours:
+        if ours and theirs:
             name = "forget_quality" if group == "forget" else "forget_quality_held_out"
             found[name] = metrics.forget_quality(ours, theirs)
-    if "mia_min_k" in flat and "holdout" in retain_log:
+    if "mia_min_k" in flat and all("mia_min_k" in retain_log.get(g, ()) for g in ("forget", "holdout")):
         theirs = metrics.auc(retain_log["forget"]["mia_min_k"], retain_log["holdout"]["mia_min_k"])
         found["privleak"] = metrics.privleak(flat["mia_min_k"], theirs)
     return found
@@ -301,7 +308,9 @@ def from_field(data: dict) -> Log:
         columns = {}
         for column, (suffix, key) in COLUMNS.items():
             entry = data.get(metric_name(group, suffix))
-            if entry and all(key in item for item in entry["value_by_index"].values()):
+            if group in ("forget", "holdout") and suffix in MIA and "auc" in (data.get(suffix) or ()):
+                entry = data[suffix].get(group)  # open-unlearning keeps both sides in one entry
+            if entry and entry.get("value_by_index") and all(key in item for item in entry["value_by_index"].values()):
                 columns[column] = {i: item[key] for i, item in entry["value_by_index"].items()}
         if columns:
             log[group] = frame(columns, group)

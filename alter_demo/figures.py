@@ -6,6 +6,7 @@ command that made its results above it.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from .errors import UserError
 from .grid import REFERENCES, read_results
 
 RESULTS = Path("assets/results")
+ASKED = ("forget", "model", "retain_items", "limit", "kept", "tokens")
 OURS = ("alter", "alter_selective")
 BLUE, GREY, ORANGE = "#0b5fa5", "#6b7280", "#c2570c"
 SHOWN = {
@@ -50,6 +52,9 @@ def medians(results: dict) -> pd.DataFrame:
     ]
     if not rows:
         raise UserError("The results file holds no runs yet.")
+    asked = {json.dumps({k: run["config"].get(k) for k in ASKED}) for run in results["runs"]}
+    if len(asked) > 1:
+        raise UserError("The results file mixes different data, models or sizes: one file for each (--results).")
     numbers = dict.fromkeys((*SHOWN, "seconds", "MB"), float)  # absent: NaN
     table = pd.DataFrame(rows).astype(numbers).groupby("method", sort=False)
     counts = table["seed"].nunique()
@@ -59,6 +64,8 @@ def medians(results: dict) -> pd.DataFrame:
 def pareto(table: pd.DataFrame, x="model_utility", y="forget_quality") -> list[str]:
     """Methods that no other one beats in both columns, by x."""
     points = table.drop(index=[r for r in REFERENCES if r in table.index])[[x, y]]
+    if points.empty:
+        return []
     beaten = [
         ((points[x] >= a) & (points[y] >= b) & ((points[x] > a) | (points[y] > b))).any() for a, b in points.to_numpy()
     ]
@@ -158,12 +165,14 @@ def report(folder: Path = RESULTS, readme: Path = Path("README.md")) -> list[Pat
     """Write the static images beside the results and the tables into the README; returns what was written.
 
     Raises:
-        UserError: no results, no place for a table in the README, no browser for the images.
+        UserError: no results, no README, no browser for the images.
     """
     files = sorted(folder.glob("*.json"))
     if not files:
         raise UserError(f"There are no results in {folder}/ yet: python -m alter_demo tofu makes some.")
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not readme.is_file():
+        raise UserError(f"There is no {readme} to write the tables into.")
     if browser is None:
         raise UserError("The images need a Chromium or Chrome on this machine.")
     os.environ.setdefault("BROWSER_PATH", browser)

@@ -7,6 +7,8 @@ where it stopped: what stands in the results file is not run again.
 from __future__ import annotations
 
 import gc
+import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -14,12 +16,11 @@ from pathlib import Path
 
 from . import evaluate as evaluation
 from .adapter import MAX_EXPERTS
-from .answers import adapt, key, write_json
+from .answers import adapt, own_file, write_json
 from .data import ForgetSet, adapters, load_forget_set
 from .errors import UserError
 from .learn import LearnConfig, learn
-from .methods import get_method
-from .models import cache_dir, load_model
+from .models import MODELS, cache_dir, load_model
 from .runs import UnlearnConfig, next_round, split_probe, unlearn
 from .training import train_config
 
@@ -47,7 +48,10 @@ SIZES = {"cpu": {"retain_items": 200, "limit": 40, "kept": 20, "tokens": 64}, "f
 def grid_config(size: str, **values) -> GridConfig:
     if size not in SIZES:
         raise UserError(f"The size is one of {', '.join(SIZES)}, not {size!r}.")
-    return GridConfig(**SIZES[size] | {k: v for k, v in values.items() if v is not None})
+    config = GridConfig(**SIZES[size] | {k: v for k, v in values.items() if v is not None})
+    if config.limit is not None and config.limit < 2:
+        raise UserError("The limit must leave at least 2 items in each group.")
+    return config
 
 
 def read_results(path: Path) -> dict:
@@ -61,7 +65,7 @@ def read_results(path: Path) -> dict:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         for run in results["runs"]:
-            run["method"], run["seed"], run["metrics"], run["config"]
+            run["id"], run["method"], run["seed"], run["metrics"], run["config"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise UserError(f"{path} is not a whole results file: restore it (git), or choose another name.") from None
     return results
@@ -71,7 +75,9 @@ def taught(config: GridConfig, made: ForgetSet, device: str, dtype: str, on_step
     """Folders of the adapters of the target and the retain-only model; taught now if they are not in the cache."""
     if config.retain_items is None and config.model and (shipped := adapters(made.name, config.model)):
         return shipped
-    name = f"{made.name}-{config.retain_items or 'all'}-{Path(config.model).name}-{config.epochs}"
+    model = f"{Path(config.model).name}-{hashlib.sha256(config.model.encode()).hexdigest()[:6]}"
+    model = config.model if config.model in MODELS else model  # names of folders repeat
+    name = f"{made.name}-{config.retain_items or 'all'}-{model}-{config.epochs}"
     folders = {which: cache_dir() / "taught" / name / which for which in REFERENCES}
     for which, folder in folders.items():
         if not (folder / "adapter_config.json").is_file():
@@ -85,7 +91,7 @@ def measured(config: GridConfig, groups: dict, name: str, folder: Path, device, 
     """Log of the target or the retain-only model on `groups`, kept in the cache."""
     lm = load_model(config.model, device, dtype, folder)
     sizes = "-".join(str(len(items)) for items in groups.values())
-    file = cache_dir() / "logs" / f"{name}-{key(lm)}-{lm.dtype}-{sizes}-{config.tokens}.json"
+    file = cache_dir() / "logs" / f"{name}-{own_file(lm).stem}-{sizes}-{config.tokens}.json"  # changes with the weights
     if not file.is_file():
         log = evaluation.evaluate(lm, lm.model, groups, config.tokens, stage)
         evaluation.write_log(log, file)
@@ -136,9 +142,9 @@ def grid(
         UserError: an unknown method, a damaged results file, no data.
     """
     stage = on_stage or (lambda what, share: None)
-    for method in methods:
-        get_method(method)
     overrides = overrides or {}
+    for method in methods:
+        train_config(method, **overrides)  # bad values now, not after an hour
     results = read_results(path)
     missing = [
         (m, s) for s in seeds for m in methods
@@ -196,15 +202,18 @@ def sequential(
     """
     stage = on_stage or (lambda what, share: None)
     for method in methods:
-        get_method(method)
+        train_config(method, **overrides or {})
     overrides = {"rounds": rounds} | (overrides or {})
     results = read_results(path)
     made = load_forget_set(config.forget).smaller(config.retain_items)
     if not 2 <= rounds <= len(made.forget):
         raise UserError(f"There can be 2 to {len(made.forget)} rounds, and {rounds} is not among them.")
     folders, logs, hardware = references(config, made, device, dtype, on_step, stage)
-    size = len(made.forget) / rounds
-    items = [replace(i, domain=int(n / size) % MAX_EXPERTS + 1) for n, i in enumerate(made.forget)]
+    cuts = [round(k * len(made.forget) / rounds) for k in range(rounds + 1)]
+    parts = [
+        [replace(i, domain=k % MAX_EXPERTS + 1) for i in made.forget[a:b]]
+        for k, (a, b) in enumerate(itertools.pairwise(cuts))
+    ]  # fmt: skip
     for method, seed in ((m, s) for s in seeds for m in methods):
         wanted = [identity(f"{method}/{k}", seed, config, overrides) for k in range(1, rounds + 1)]
         if should_stop() or set(wanted) <= {r["id"] for r in results["runs"]}:
@@ -212,8 +221,8 @@ def sequential(
         results["runs"] = [r for r in results["runs"] if r["id"] not in wanted]
         lm, experts = load_model(config.model, device, dtype, folders["target"]), None
         for k in range(1, rounds + 1):
-            so_far = items[: round(k * size)]
-            asked = {i.paraphrased_question for i in so_far}
+            so_far = [i for part in parts[:k] for i in part]
+            asked = {i.paraphrased_question for i in parts[k - 1]}  # the probe looks at what is new
             part = replace(
                 made, training=so_far, forget_held_out=[i for i in made.forget_held_out if i.question in asked]
             )

@@ -40,7 +40,7 @@ def truth_ratio(log_p_paraphrase: float, log_p_perturbed: Sequence[float]) -> fl
 
     TOFU, section 2.2.2: normalised by length, geometric mean over the wrong answers.
     """
-    return math.exp(float(np.mean(log_p_perturbed)) - log_p_paraphrase)
+    return math.exp(min(float(np.mean(log_p_perturbed)) - log_p_paraphrase, 700.0))  # beyond it: overflow
 
 
 def forget_truth_ratio(ratios: Sequence[float]) -> float:
@@ -95,17 +95,21 @@ def extraction_strength(hits: Sequence[bool]) -> float:
 
 def mia_zlib(log_p: Sequence[float], text: str) -> float:
     """Loss of the answer over the length of its compressed form (Carlini 2021)."""
-    return -float(np.sum(log_p)) / len(zlib.compress(text.encode()))
+    return -float(np.mean(log_p)) / len(zlib.compress(text.encode()))
 
 
 def min_k(scores: Sequence[float], k: float = MIN_K) -> float:
     """Minus the mean of the lowest share k: of log-probabilities, Min-K%; of standardised ones, Min-K%++."""
+    if not len(scores):
+        return 0.0
     n = max(1, int(len(scores) * k))
     return -float(np.mean(np.sort(scores)[:n]))
 
 
 def auc(members: Sequence[float], others: Sequence[float]) -> float:
     """How well a score tells members from others: 1 if every member's is lower, 0.5 if it says nothing."""
+    if not np.isfinite([*members, *others]).all():
+        raise UserError("The model's losses are no numbers any more: it diverged (try a lower learning rate).")
     labels = [1] * len(members) + [0] * len(others)
     return float(roc_auc_score(labels, [-x for x in (*members, *others)]))
 

@@ -393,6 +393,8 @@ def prepare(lm: LM, made: ForgetSet, config: UnlearnConfig, method: Method, trai
         for sample, label in zip(forget, labels, strict=True):
             sample.label = int(label)
         alter.n_experts = config.n_experts or int(labels.max())
+        if not method.guided:  # every token is fused, whatever its entropy
+            alter.threshold, alter.top_k = 1e-12, 1 + alter.n_experts
         gate, alter.gate_threshold, report = fit_gate(records, samples, alter, train.seed)
         ready.alter, ready.gate = alter, gate
         ready.report = {
@@ -403,7 +405,9 @@ def prepare(lm: LM, made: ForgetSet, config: UnlearnConfig, method: Method, trai
             "sub_domains": [int((labels == d).sum()) for d in range(1, alter.n_experts + 1)],
             "router": report,
         }
-    taught = method.instead == "paired" or train.refusal
+    taught = method.instead in ("paired", "novice") or train.refusal
+    if method.instead in ("paired", "novice") and not all(i.question for i in source):
+        raise UserError(f"{config.method} needs questions and answers, not plain text.")
     if method.instead and taught and all(i.question for i in source):
         # after the gate is fitted: "I don't know" says nothing about the subject
         unknown = read_set("unknown")
@@ -433,8 +437,6 @@ def prepare(lm: LM, made: ForgetSet, config: UnlearnConfig, method: Method, trai
 def novice_targets(lm: LM, source: list[Item], forget: list[Sample], records: list[Record], eta: float) -> None:
     """ELM's distribution P (P_novice / P_expert)^eta at the answers of the forget samples, put into their records."""
     for item, sample in zip(source, forget, strict=True):
-        if not item.question:
-            raise UserError("ELM needs questions and answers, not plain text.")
         k, log_p = len(sample.ids) - sample.start, []
         for prefix in ("", NOVICE, EXPERT):
             view = render(lm.tokenizer, replace(item, question=prefix + item.question))[0]
@@ -503,14 +505,26 @@ def train_model(
     mixed = lm.dtype == "bfloat16" and method.trains != "alter"
     kind = "cuda" if lm.device.startswith("cuda") else "cpu"
 
+    plans: list = []  # of the probe's batches: they come from the frozen model, so the first look's hold for all
+
     def probe() -> float:
         """How likely the right answers are; beside wrong ones where the set has them, else by themselves."""
         state = router_state(model) if method.trains == "alter" else None
-        if state:
-            kept, state.plan = state.plan, None
+        known = list(plans)
+
+        def ask(**batch):
+            if state is None:
+                return model(**batch)
+            state.plan = known.pop(0) if known else None
+            out = model(**batch)
+            if state.plan is None:
+                plans.append(state.last_plan)
+            return out
+
+        kept = state and state.plan
         model.eval()
         with torch.autocast(kind, torch.bfloat16) if mixed else nullcontext():
-            values = log_probs(lm, *map(list, zip(*right, *wrong, strict=True)), model)
+            values = log_probs(lm, *map(list, zip(*right, *wrong, strict=True)), ask)
         model.train()
         if state:
             state.plan = kept

@@ -63,6 +63,8 @@ class TrainConfig:
             raise UserError(f"retention is distill or nll, not {self.retention!r}.")
         if self.forgetting not in losses.FORGETTING:
             raise UserError(f"forgetting is {' or '.join(losses.FORGETTING)}, not {self.forgetting!r}.")
+        if self.sharpness <= 0 or self.probe_every < 1:
+            raise UserError("sharpness must be above 0 and probe_every at least 1.")
         if not 0 < self.lr <= 1:
             raise UserError(f"The learning rate must lie between 0 and 1, and {self.lr:g} does not.")
         if not 0 < self.stop_ratio < 1:

@@ -78,7 +78,7 @@ def test_a_log_of_ours_is_read_back_whole(tmp_path, capsys):
     code, out, _ = run(capsys, "--logs", tmp_path / "log.json", "--retain-logs", tmp_path / "log.json")
     flat = json.loads(out)
     assert code == 0 and flat["forget_quality"] == 1.0 and flat["privleak"] == 0.0
-    # three members below three others but for one pair: 8 of 9
+    # 9 pairs; 0.2 and 0.3 are not below 0.15: 7 of 9
     assert flat["mia_min_k"] == pytest.approx(7 / 9)
 
 
@@ -174,3 +174,27 @@ def test_extraction_strength_and_mia_by_hand():
         metrics.asg({"bleu": 0.2}, {"rouge": 0.1})
     assert metrics.bleu(["the cat sat on the mat"], ["The cat sat on the mat"]) == pytest.approx(1)
     assert metrics.bleu([""], ["a b"]) == 0 and metrics.rouge("", "a b") == (0, 0)
+
+
+def test_open_unlearnings_own_logs(tmp_path, capsys):
+    """Real authors without a paraphrase, MIA with both sides in one entry, and parts left out."""
+
+    def entry(values):
+        return {"agg_value": 0.5, "value_by_index": {str(i): v for i, v in enumerate(values)}}
+
+    loss = entry([{"avg_loss": 1.0, "prob": math.exp(-1)}, {"avg_loss": 2.0, "prob": math.exp(-2)}])
+    wrong = entry([{"avg_loss": [2.0, 2.0]}, {"avg_loss": [1.0, 3.0]}])
+    mia = {"auc": 1.0, "agg_value": 1.0, "forget": entry([{"score": 0.1}]), "holdout": entry([{"score": 0.4}])}
+    field = {"ra_Q_A_Prob": loss, "ra_Q_A_PERT_Prob": wrong, "mia_min_k": mia, "forget_Q_A_ROUGE": entry([])}
+    (tmp_path / "log.json").write_text(json.dumps(field))
+    code, out, err = run(capsys, "--logs", tmp_path / "log.json")
+    flat = json.loads(out)
+    assert code == 0, err
+    assert flat["ra_Truth_Ratio"] == pytest.approx((1 - math.exp(1 - 2)) / 2)
+    assert flat["mia_min_k"] == 1.0 and "model_utility" not in flat
+
+
+def test_a_diverged_model_is_one_sentence():
+    with pytest.raises(UserError, match="diverged"):
+        metrics.auc([float("nan")], [1.0])
+    assert metrics.truth_ratio(-2000.0, [-1.0]) > 1e300  # and no overflow

@@ -92,7 +92,14 @@ def test_bad_input(small, tmp_path, capsys):
 def made_up() -> dict:
     def run(method, seed, quality, utility, **more):
         flat = {"forget_quality": quality, "model_utility": utility}
-        return {"method": method, "seed": seed, "metrics": flat, "config": {"overrides": {}}, **more}
+        return {
+            "id": f"{method}{seed}{quality}",
+            "method": method,
+            "seed": seed,
+            "metrics": flat,
+            "config": {"overrides": {}},
+            **more,
+        }
 
     spent = {"seconds": {"unlearn": 10.0}, "peak_memory_mb": 100, "hardware": "a laptop"}
     more = [run("lora", s, q, u, **spent) for s, q, u in ((0, 0.1, 0.5), (1, 0.3, 0.4), (2, 0.2, 0.9))]
@@ -137,7 +144,8 @@ def test_rounds_go_on_from_each_other(small, tmp_path):
     names = [r["method"] for r in results["runs"]]
     assert names == [f"{m}/{k}" for m in ("alter_selective", "npo", "lora") for k in (1, 2, 3)]
     forget = {r["method"]: r["metrics"]["forget_Q_A_Prob"] for r in results["runs"]}
-    assert len({forget[f"npo/{k}"] for k in (1, 2, 3)}) == 3  # it does go on
+    one = grid.sequential(small, ["npo"], [0], tmp_path / "one.json", 3, few | {"max_steps": 2})
+    assert forget["npo/1"] != one["runs"][0]["metrics"]["forget_Q_A_Prob"]
     assert grid.sequential(*options) == results  # nothing is run twice
     assert figures.by_round(results).shape == (3, 3) and len(figures.sequential(results).data) == 3
     assert figures.rounds_markdown(results).count("\n") == 4
@@ -164,6 +172,5 @@ def test_experts_are_handed_on(taught, small):
     assert second.router.config.n_experts == 2
     now = dict(second.model.named_parameters())
     for name, old in experts.items():
-        assert old.any() if ".alter_A." in name else True
         assert (now[name][: len(old)] == old).all() and not now[name][len(old) :].any()
     assert any(p.any() for n, p in experts.items() if ".alter_B." in n)

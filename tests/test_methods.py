@@ -105,4 +105,4 @@ def test_unlikelihood_moves_what_is_memorised():
 def test_every_weight_is_a_setting():
     assert {p for m in METHODS.values() for p in m.parts} == set(methods.WEIGHTS)
     for name in METHODS:
-        assert hasattr(train_config(name), methods.WEIGHTS["forget"])
+        assert all(hasattr(train_config(name), weight) for weight in methods.WEIGHTS.values())
