@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 
 from . import evaluate as evaluation
 from .adapter import AlterConfig
@@ -612,10 +613,9 @@ def write_run(run: Run, target: Path) -> None:
             )
         os.chmod(aside, 0o755)
         os.rename(aside, target)
-    except OSError as error:
-        raise UserError(
-            f"The run could not be written to {target} ({error.strerror}): make room, then again."
-        ) from None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"The run could not be written to {target} ({reason}): make room, then again.") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
