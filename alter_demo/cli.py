@@ -243,7 +243,7 @@ def do_learn(args) -> None:
 
 
 def do_tofu(args) -> None:
-    from .grid import grid, grid_config, sequential
+    from .grid import How, grid, grid_config, sequential
     from .methods import METHODS
 
     config = grid_config(args.size, forget=args.forget, model=args.model, limit=args.limit)
@@ -252,9 +252,15 @@ def do_tofu(args) -> None:
     methods = list(METHODS) if args.methods == ["all"] else args.methods
     stop = Stop("this step; finished items are kept")
     with Bars() as bars:
-        shared = [config, methods, args.seeds, args.results]
-        rest = settings(args.set), args.device, args.dtype, bars.step, bars.stage, lambda: stop.asked
-        results = sequential(*shared, args.rounds, *rest) if args.rounds else grid(*shared, *rest)
+        how = How(
+            args.results, settings(args.set), args.device, args.dtype, bars.step, bars.stage, lambda: stop.asked
+        )  # fmt: skip
+        rounds = args.rounds
+        results = (
+            grid(config, methods, args.seeds, how)
+            if rounds is None
+            else sequential(config, methods, args.seeds, rounds, how)
+        )
     table = new_table("method", "seed", "forget quality", "utility", "extraction", "steps", "seconds", "MB")
     for run in results["runs"]:
         m = run["metrics"]

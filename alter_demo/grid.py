@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from . import evaluate as evaluation
@@ -98,151 +98,145 @@ def measured(config: GridConfig, groups: dict, name: str, folder: Path, device, 
     return evaluation.read_log(file)
 
 
-def group_names(made: ForgetSet) -> tuple[str, ...]:
-    return TOFU_GROUPS if "real_authors" in made.more else OTHER_GROUPS
+@dataclass
+class How:
+    """Where results go, what replaces the methods' own settings, and who is told."""
+
+    path: Path
+    overrides: dict = field(default_factory=dict)  # TrainConfig values; such runs stand beside the others
+    device: str = "auto"
+    dtype: str = "auto"
+    on_step: Callable | None = None
+    on_stage: Callable[[str, float], None] = lambda what, share: None
+    should_stop: Callable[[], bool] = lambda: False
 
 
-def asking(config: GridConfig, method: str, made: ForgetSet) -> UnlearnConfig:
-    return UnlearnConfig(
-        method=method, limit=config.limit, kept=config.kept, groups=group_names(made), tokens=config.tokens
-    )
+class Bench:
+    """A benchmark ready to run: the set, the target and the retain-only model with their logs, the results so far.
 
-
-def references(config: GridConfig, made: ForgetSet, device, dtype, on_step, stage):
-    """Adapter folders and logs of the target and the retain-only model, and the hardware."""
-    if not made.learned:
-        raise UserError(f"{config.forget} was not taught to the model: the grid needs TOFU or imaginary-authors.")
-    folders = taught(config, made, device, dtype, on_step, stage)
-    lm = load_model(config.model, device, dtype, folders["target"])
-    groups = split_probe(adapt(made, lm))[1].limited(config.limit, config.kept).evaluation()
-    groups = {name: groups[name] for name in group_names(made)}
-    hardware = lm.hardware
-    del lm
-    logs = {w: measured(config, groups, made.name, folders[w], device, dtype, stage) for w in REFERENCES}
-    return folders, logs, hardware
-
-
-def grid(
-    config: GridConfig,
-    methods: list[str],
-    seeds: list[int],
-    path: Path,
-    overrides: dict | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    on_step: Callable | None = None,
-    on_stage: Callable[[str, float], None] | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> dict:
-    """Run what is missing in `path` and return the results.
-
-    Args:
-        overrides: TrainConfig values in place of the methods' own; such runs stand beside the others.
     Raises:
-        UserError: an unknown method, a damaged results file, no data.
+        UserError: an unknown method, a bad setting, a damaged results file, no data, a set that nobody was taught.
     """
-    stage = on_stage or (lambda what, share: None)
-    overrides = overrides or {}
-    for method in methods:
-        train_config(method, **overrides)  # bad values now, not after an hour
-    results = read_results(path)
-    missing = [
-        (m, s) for s in seeds for m in methods
-        if identity(m, s, config, overrides) not in {r["id"] for r in results["runs"]}
-    ]  # fmt: skip
-    made = load_forget_set(config.forget).smaller(config.retain_items)
-    folders, logs, hardware = references(config, made, device, dtype, on_step, stage)
+
+    def __init__(self, config: GridConfig, methods: list[str], how: How):
+        self.config, self.how = config, how
+        for method in methods:
+            train_config(method, **how.overrides)  # bad values now, not after an hour
+        self.results = read_results(how.path)
+        self.made = load_forget_set(config.forget).smaller(config.retain_items)
+        if not self.made.learned:
+            raise UserError(f"{config.forget} was not taught to the model: the grid needs TOFU or imaginary-authors.")
+        self.names = TOFU_GROUPS if "real_authors" in self.made.more else OTHER_GROUPS
+
+    def prepare(self) -> None:
+        """Teach and measure the two reference models, or take them from the cache."""
+        config, how = self.config, self.how
+        self.folders = taught(config, self.made, how.device, how.dtype, how.on_step, how.on_stage)
+        lm = self.target()
+        groups = split_probe(adapt(self.made, lm))[1].limited(config.limit, config.kept).evaluation()
+        groups = {name: groups[name] for name in self.names}
+        self.hardware = lm.hardware
+        del lm
+        self.logs = {
+            which: measured(config, groups, self.made.name, self.folders[which], how.device, how.dtype, how.on_stage)
+            for which in REFERENCES
+        }
+
+    def target(self):
+        return load_model(self.config.model, self.how.device, self.how.dtype, self.folders["target"])
+
+    def done(self, method: str, seed: int, overrides: dict) -> bool:
+        return identity(method, seed, self.config, overrides) in {r["id"] for r in self.results["runs"]}
+
+    def unlearn(self, lm, made: ForgetSet, method: str, seed: int, name: str, experts=None):
+        """One run, or None when it was stopped by hand: half an item is none."""
+        config, how = self.config, self.how
+        asking = UnlearnConfig(
+            method=method, limit=config.limit, kept=config.kept, groups=self.names, tokens=config.tokens
+        )  # fmt: skip
+        run = unlearn(
+            lm, made, asking, train_config(method, seed=seed, **how.overrides), folder=None,
+            before=self.logs["target"], retain_log=self.logs["retain"], experts=experts, on_step=how.on_step,
+            on_stage=lambda what, share: how.on_stage(f"{name}: {what}", share), should_stop=how.should_stop,
+        )  # fmt: skip
+        return None if run.metrics["stopped"] == "stopped by hand" else run
+
+    def add(self, method: str, seed: int, metrics: dict, overrides: dict, run=None) -> None:
+        """Put one finished item into the results file."""
+        entry = {"id": identity(method, seed, self.config, overrides), "method": method, "seed": seed}
+        entry["metrics"] = {k: round(v, 9) if abs(v) > 1e-6 else v for k, v in metrics.items()}
+        entry["config"] = asdict(self.config) | {"overrides": overrides}
+        entry["hardware"] = self.hardware
+        if run is not None:
+            m = run.metrics
+            entry["config"]["train"] = m["config"]["train"]
+            entry |= {k: m[k] for k in ("steps", "stopped", "seconds", "peak_memory_mb", "date")}
+            entry["probe"] = [h["probe"] for h in m["history"] if "probe" in h]
+        self.results["runs"].append(entry)
+        write_json(self.how.path, self.results)
+
+
+def identity(method: str, seed: int, config: GridConfig, overrides: dict) -> str:
+    return json.dumps([method, seed, asdict(config), overrides], sort_keys=True)
+
+
+def grid(config: GridConfig, methods: list[str], seeds: list[int], how: How) -> dict:
+    """Run what is missing in `how.path` and return the results. Raises UserError as `Bench` does."""
+    bench = Bench(config, methods, how)
+    missing = [(m, s) for s in seeds for m in methods if not bench.done(m, s, how.overrides)]
+    bench.prepare()
     for which in REFERENCES:
-        if identity(which, 0, config, {}) not in {r["id"] for r in results["runs"]}:
-            flat = evaluation.summary(logs[which], logs["retain"])
-            add(results, path, which, 0, flat, config, {}, hardware=hardware)
+        if not bench.done(which, 0, {}):
+            bench.add(which, 0, evaluation.summary(bench.logs[which], bench.logs["retain"]), {})
     for number, (method, seed) in enumerate(missing, 1):
-        if should_stop():
+        if how.should_stop():
             break
         gc.collect()
-        lm = load_model(config.model, device, dtype, folders["target"])
         name = f"{number} of {len(missing)}: {method}, seed {seed}"
-        run = unlearn(
-            lm, made, asking(config, method, made),
-            train_config(method, seed=seed, **overrides), folder=None, before=logs["target"], retain_log=logs["retain"],
-            on_step=on_step, on_stage=lambda what, share, name=name: stage(f"{name}: {what}", share),
-            should_stop=should_stop,
-        )  # fmt: skip
-        if run.metrics["stopped"] == "stopped by hand":
-            break  # half an item is none
-        flat = run.metrics["after"]["summary"] | to_base(run)
-        add(
-            results, path, method, seed, flat, config, overrides, steps=run.metrics["steps"],
-            stopped=run.metrics["stopped"], train=run.metrics["config"]["train"], seconds=run.metrics["seconds"],
-            peak_memory_mb=run.metrics["peak_memory_mb"], hardware=hardware, date=run.metrics["date"],
-            probe=[h["probe"] for h in run.metrics["history"] if "probe" in h],
-        )  # fmt: skip
-        del run, lm
-    return results
+        run = bench.unlearn(bench.target(), bench.made, method, seed, name)
+        if run is None:
+            break
+        bench.add(method, seed, run.metrics["after"]["summary"] | to_base(run), how.overrides, run)
+        del run
+    return bench.results
 
 
-def sequential(
-    config: GridConfig,
-    methods: list[str],
-    seeds: list[int],
-    path: Path,
-    rounds: int = 10,
-    overrides: dict | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    on_step: Callable | None = None,
-    on_stage: Callable[[str, float], None] | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> dict:
+def sequential(config: GridConfig, methods: list[str], seeds: list[int], rounds: int, how: How) -> dict:
     """Forget the set in `rounds` parts, each round starting from the last, figures after each (ALTER, Fig. 5).
 
     A run of the results file is one round; a method and seed that lacks a round is run again from the first, since
     the weights in between are not kept. Each part is a sub-domain with an expert of its own (from the ninth on they
     share). The forget figures are those of the whole set.
     """
-    stage = on_stage or (lambda what, share: None)
-    for method in methods:
-        train_config(method, **overrides or {})
-    overrides = {"rounds": rounds} | (overrides or {})
-    results = read_results(path)
-    made = load_forget_set(config.forget).smaller(config.retain_items)
+    bench = Bench(config, methods, how)
+    made, overrides = bench.made, {"rounds": rounds} | how.overrides
     if not 2 <= rounds <= len(made.forget):
         raise UserError(f"There can be 2 to {len(made.forget)} rounds, and {rounds} is not among them.")
-    folders, logs, hardware = references(config, made, device, dtype, on_step, stage)
+    bench.prepare()
     cuts = [round(k * len(made.forget) / rounds) for k in range(rounds + 1)]
     parts = [
         [replace(i, domain=k % MAX_EXPERTS + 1) for i in made.forget[a:b]]
         for k, (a, b) in enumerate(itertools.pairwise(cuts))
     ]  # fmt: skip
     for method, seed in ((m, s) for s in seeds for m in methods):
-        wanted = [identity(f"{method}/{k}", seed, config, overrides) for k in range(1, rounds + 1)]
-        if should_stop() or set(wanted) <= {r["id"] for r in results["runs"]}:
+        names = [f"{method}/{k}" for k in range(1, rounds + 1)]
+        if how.should_stop() or all(bench.done(name, seed, overrides) for name in names):
             continue
-        results["runs"] = [r for r in results["runs"] if r["id"] not in wanted]
-        lm, experts = load_model(config.model, device, dtype, folders["target"]), None
-        for k in range(1, rounds + 1):
-            so_far = [i for part in parts[:k] for i in part]
-            asked = {i.paraphrased_question for i in parts[k - 1]}  # the probe looks at what is new
-            part = replace(
-                made, training=so_far, forget_held_out=[i for i in made.forget_held_out if i.question in asked]
-            )
-            name = f"{method}, seed {seed}, round {k} of {rounds}"
-            own = {k: v for k, v in overrides.items() if k != "rounds"}
-            run = unlearn(
-                lm, part, asking(config, method, made), train_config(method, seed=seed, **own), folder=None,
-                before=logs["target"], retain_log=logs["retain"], experts=experts, on_step=on_step,
-                on_stage=lambda what, share, name=name: stage(f"{name}: {what}", share), should_stop=should_stop,
-            )  # fmt: skip
-            if run.metrics["stopped"] == "stopped by hand":
-                return results
-            add(
-                results, path, f"{method}/{k}", seed, run.metrics["after"]["summary"], config, overrides,
-                steps=run.metrics["steps"], seconds=run.metrics["seconds"], hardware=hardware,
-                peak_memory_mb=run.metrics["peak_memory_mb"], date=run.metrics["date"],
-            )  # fmt: skip
+        stale = {identity(name, seed, config, overrides) for name in names}
+        bench.results["runs"] = [r for r in bench.results["runs"] if r["id"] not in stale]
+        lm, experts, so_far = bench.target(), None, []
+        for name, part in zip(names, parts, strict=True):
+            so_far = so_far + part
+            asked = {i.paraphrased_question for i in part}  # the probe looks at what is new
+            new = [i for i in made.forget_held_out if i.question in asked]
+            now = replace(made, training=so_far, forget_held_out=new)
+            run = bench.unlearn(lm, now, method, seed, f"{name} of {rounds}, seed {seed}", experts)
+            if run is None:
+                return bench.results
+            bench.add(name, seed, run.metrics["after"]["summary"], overrides, run)
             lm, experts = next_round(run)
             del run
-    return results
+    return bench.results
 
 
 def to_base(run) -> dict[str, float]:
@@ -250,17 +244,3 @@ def to_base(run) -> dict[str, float]:
     groups = run.metrics["after"]
     kept = [g for g in ("retain", "general") if "rouge_l_to_base" in groups.get(g, {})]
     return {f"{g}_ROUGE_to_base": groups[g]["rouge_l_to_base"] for g in kept}
-
-
-def identity(method: str, seed: int, config: GridConfig, overrides: dict) -> str:
-    return json.dumps(
-        [method, seed, config.forget, config.model, config.retain_items, config.limit, config.kept, overrides]
-    )
-
-
-def add(results: dict, path: Path, method: str, seed: int, metrics: dict, config, overrides: dict, **more) -> None:
-    entry = {"id": identity(method, seed, config, overrides), "method": method, "seed": seed}
-    entry["metrics"] = {k: round(v, 9) if abs(v) > 1e-6 else v for k, v in metrics.items()}
-    entry["config"] = asdict(config) | {"overrides": overrides} | {k: more.pop(k) for k in ("train",) if k in more}
-    results["runs"].append(entry | more)
-    write_json(path, results)

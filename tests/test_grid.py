@@ -10,7 +10,7 @@ from alter_demo import data, figures, grid
 from alter_demo.cli import main
 from alter_demo.data import ForgetSet, Item, general_items
 from alter_demo.errors import UserError
-from alter_demo.grid import GridConfig
+from alter_demo.grid import GridConfig, How
 
 FEW = {"max_steps": 2, "batch_size": 2, "probe_every": 1}
 
@@ -43,15 +43,14 @@ def small(tiny, cache, monkeypatch):
 def test_a_grid_goes_on_where_it_stopped(small, tmp_path):
     path, seen = tmp_path / "r.json", []
     stops = iter([False, True])
-    grid.grid(small, ["grad_diff", "lora"], [0], path, FEW, should_stop=lambda: next(stops, True))
+    grid.grid(small, ["grad_diff", "lora"], [0], How(path, FEW, should_stop=lambda: next(stops, True)))
     first = json.loads(path.read_text())["runs"]
     assert [r["method"] for r in first] == ["target", "retain"]  # the item that was stopped does not count
-    grid.grid(small, ["grad_diff"], [0], path, FEW)
+    grid.grid(small, ["grad_diff"], [0], How(path, FEW))
     before = json.loads(path.read_text())["runs"]
     assert [r["method"] for r in before] == ["target", "retain", "grad_diff"]
-    results = grid.grid(
-        small, ["grad_diff", "lora"], [0, 1], path, FEW, on_stage=lambda what, share: seen.append(what)
-    )  # fmt: skip
+    tell = How(path, FEW, on_stage=lambda what, share: seen.append(what))
+    results = grid.grid(small, ["grad_diff", "lora"], [0, 1], tell)
     after = json.loads(path.read_text())["runs"]
     assert after[:3] == before and results["runs"] == after
     assert [(r["method"], r["seed"]) for r in after[3:]] == [("lora", 0), ("grad_diff", 1), ("lora", 1)]
@@ -64,7 +63,7 @@ def test_a_grid_goes_on_where_it_stopped(small, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_figures(small, tmp_path):
-    both = [grid.grid(small, ["npo_kl", "alter_selective"], [0], tmp_path / f"{i}.json", FEW) for i in (1, 2)]
+    both = [grid.grid(small, ["npo_kl", "alter_selective"], [0], How(tmp_path / f"{i}.json", FEW)) for i in (1, 2)]
     first, second = ([r["metrics"] for r in results["runs"]] for results in both)
     assert first == second
 
@@ -129,28 +128,28 @@ def test_tables_and_figures_come_from_the_results(tmp_path):
 def test_an_item_is_lost_at_most(small, tmp_path, monkeypatch):
     """Killed while it writes: the file is the old one, whole."""
     path = tmp_path / "r.json"
-    grid.grid(small, ["lora"], [0], path, FEW)
+    grid.grid(small, ["lora"], [0], How(path, FEW))
     before = path.read_text()
     monkeypatch.setattr("alter_demo.answers.os.replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        grid.grid(replace(small), ["lora"], [1], path, FEW)
+        grid.grid(small, ["lora"], [1], How(path, FEW))
     assert path.read_text() == before
 
 
 def test_rounds_go_on_from_each_other(small, tmp_path):
     path, few = tmp_path / "s.json", {"max_steps": 1, "batch_size": 2, "lr": 0.01, "lr_b": 0.01}
-    options = [small, ["alter_selective", "npo", "lora"], [0], path, 3, few]
+    options = [small, ["alter_selective", "npo", "lora"], [0], 3, How(path, few)]
     results = grid.sequential(*options)
     names = [r["method"] for r in results["runs"]]
     assert names == [f"{m}/{k}" for m in ("alter_selective", "npo", "lora") for k in (1, 2, 3)]
     forget = {r["method"]: r["metrics"]["forget_Q_A_Prob"] for r in results["runs"]}
-    one = grid.sequential(small, ["npo"], [0], tmp_path / "one.json", 3, few | {"max_steps": 2})
+    one = grid.sequential(small, ["npo"], [0], 3, How(tmp_path / "one.json", few | {"max_steps": 2}))
     assert forget["npo/1"] != one["runs"][0]["metrics"]["forget_Q_A_Prob"]
     assert grid.sequential(*options) == results  # nothing is run twice
     assert figures.by_round(results).shape == (3, 3) and len(figures.sequential(results).data) == 3
     assert figures.rounds_markdown(results).count("\n") == 4
     with pytest.raises(UserError, match="rounds"):
-        grid.sequential(*options[:4], 1)
+        grid.sequential(*options[:3], 1, How(path))
 
 
 def test_experts_are_handed_on(taught, small):
