@@ -20,7 +20,8 @@ from .training import inputs, length_batches
 
 OWN_TOKENS = 64  # length of a recorded answer
 RETAIN_TOKENS = 40  # of it that is trained on
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 8192  # of a batch that is generated
+SCORED_TOKENS = 2048  # of a batch that is scored: compute-bound, so no larger than the processor likes
 
 
 @torch.no_grad()
@@ -73,7 +74,7 @@ def answer_scores(lm: LM, questions: list[str], answers: list[str], model=None, 
     model = model or lm.model
     samples = [render(lm.tokenizer, Item(q, a))[0] for q, a in zip(questions, answers, strict=True)]
     result: list[AnswerScores | None] = [None] * len(samples)
-    for batch in length_batches([len(s.ids) for s in samples], BATCH_TOKENS):
+    for batch in length_batches([len(s.ids) for s in samples], SCORED_TOKENS):
         b = collate([samples[i] for i in batch], lm.tokenizer.pad_token_id, lm.device)
         logits = model(**inputs(b), logits_to_keep=b["keep"], use_cache=False).logits[:, :-1]
         for row, i in enumerate(batch):
@@ -141,9 +142,20 @@ def key(lm: LM) -> str:
 
 def own_file(lm: LM) -> Path:
     """Cache of a model's answers; weights that change in a folder get a new one."""
-    weights = [f for p in (lm.name, lm.adapter) if p for f in sorted(Path(p).glob("*.safetensors"))]
-    stamp = hashlib.sha256(repr([(f.name, f.stat().st_mtime_ns) for f in weights]).encode()).hexdigest()[:8]
-    return cache_dir() / "answers" / f"{key(lm)}-{lm.dtype}{f'-{stamp}' if weights else ''}.json"
+    mark = stamp(*(p for p in (lm.name, lm.adapter) if p))
+    return cache_dir() / "answers" / f"{key(lm)}-{lm.dtype}{f'-{mark}' if mark else ''}.json"
+
+
+def stamp(*folders: str | Path) -> str:
+    """Eight digits that change with the safetensors weights in the folders, "" where there are none: by content where
+    they are small (an adapter, which every clone has anew), by size and time where not."""
+    files = [f for folder in folders for f in sorted(Path(folder).glob("*.safetensors"))]
+    small = (f.stat().st_size < 2**25 for f in files)
+    marks = [
+        hashlib.sha256(f.read_bytes()).hexdigest() if s else (f.name, f.stat().st_size, f.stat().st_mtime_ns)
+        for f, s in zip(files, small, strict=True)
+    ]
+    return hashlib.sha256(repr(marks).encode()).hexdigest()[:8] if files else ""
 
 
 def write_json(path: Path, value) -> None:

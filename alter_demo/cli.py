@@ -112,7 +112,9 @@ def parser() -> argparse.ArgumentParser:
     sub = command("tofu", do_tofu, "A benchmark: methods, seeds, one results file; goes on where it stopped.")
     model_options(sub)
     sub.add_argument("--forget", default="tofu-forget01", help="tofu-forget01, 05, 10 or imaginary-authors")
-    sub.add_argument("--size", default="cpu", help="cpu (12 authors, 2 of them forgotten) or full (all, for a GPU)")
+    sub.add_argument(
+        "--size", default="cpu", help="cpu (12 authors, 2 of them forgotten), full (all, for a GPU), tune, small"
+    )
     sub.add_argument("--methods", nargs="+", default=["all"], help="all, or some of methods.METHODS")
     sub.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="random seeds")
     sub.add_argument("--limit", type=int, help="measured items a group (default: the size's own)")

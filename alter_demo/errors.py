@@ -5,3 +5,10 @@ from __future__ import annotations
 
 class UserError(Exception):
     """Shown as it stands, without a traceback; the command line then exits with code 2."""
+
+
+class Diverged(UserError):
+    """Training left the model without numbers. A grid records that and goes on with the next method."""
+
+    def __init__(self):
+        super().__init__("The model's losses are no numbers any more: it diverged. Try a lower learning rate.")

@@ -30,6 +30,7 @@ COLUMNS = {
     "question": ("Q_A_ROUGE", "input"),
     "answer": ("Q_A_ROUGE", "ground_truth"),
     "generated_text": ("Q_A_ROUGE", "generation"),
+    "avg_fluency_loss": ("Q_A_Fluency", "avg_loss"),
     "avg_paraphrased_loss": ("Q_A_PARA_Prob", "avg_loss"),
     "average_perturb_loss": ("Q_A_PERT_Prob", "avg_loss"),
     **{name: (name, "score") for name in ("exact_memorization", "extraction_strength", *MIA)},
@@ -90,6 +91,16 @@ def evaluate(lm, model, groups: dict[str, list[Item]], tokens: int = 64, stage=N
     return log
 
 
+def add_fluency(lm, untouched, log: Log) -> None:
+    """How likely the forget answers that were given are under the untouched model: fluency without a paid judge."""
+    for group, rows in log.items():
+        if group in FORGOTTEN and "generated_text" in rows:
+            scores = answer_scores(
+                lm, rows["question"].tolist(), rows["generated_text"].tolist(), untouched, full=False
+            )
+            rows["avg_fluency_loss"] = [-float(np.mean(s.log_p)) for s in scores]
+
+
 def truth_ratios(rows: pd.DataFrame) -> list[float]:
     """R of each item (TOFU, Eq. 1), [] where there are no wrong answers."""
     right = next((c for c in ("avg_paraphrased_loss", "avg_gt_loss") if c in rows), None)
@@ -121,6 +132,8 @@ def group_figures(group: str, rows: pd.DataFrame, before: pd.DataFrame | None = 
             pairs = zip(said, before["generated_text"], strict=True)
             figures["rouge_l_to_base"] = [metrics.rouge_l(a, b) for a, b in pairs]
     figures = {k: round(float(np.mean(v)), 6) for k, v in figures.items()}
+    if "avg_fluency_loss" in rows:
+        figures["perplexity"] = round(float(np.exp(rows["avg_fluency_loss"].mean())), 6)
     if ratios := truth_ratios(rows):
         aggregate = metrics.forget_truth_ratio if group in FORGOTTEN else metrics.retain_truth_ratio
         figures["truth_ratio"] = round(aggregate(ratios), 6)
@@ -175,6 +188,8 @@ def summary(log: Log, retain_log: Log | None = None) -> dict[str, float]:
             flat[name] = float(np.mean(forget[name]))
     if "generated_text" in forget:
         flat["forget_repetition"] = float(np.mean([metrics.repetition(t) for t in forget["generated_text"]]))
+    if "avg_fluency_loss" in forget:
+        flat["forget_perplexity"] = float(np.exp(forget["avg_fluency_loss"].mean()))
     for name in MIA:
         if name in forget and name in log.get("holdout", ()):
             flat[name] = metrics.auc(forget[name], log["holdout"][name])

@@ -46,6 +46,7 @@ def medians(results: dict) -> pd.DataFrame:
             **{k: run["metrics"].get(k) for k in SHOWN},
             "seconds": run.get("seconds", {}).get("unlearn"),
             "MB": run.get("peak_memory_mb"),
+            "diverged": run.get("stopped") == "diverged",
         }
         for run in results["runs"]
         if not run["config"].get("overrides")
@@ -57,13 +58,13 @@ def medians(results: dict) -> pd.DataFrame:
         raise UserError("The results file mixes different data, models or sizes: one file for each (--results).")
     numbers = dict.fromkeys((*SHOWN, "seconds", "MB"), float)  # absent: NaN
     table = pd.DataFrame(rows).astype(numbers).groupby("method", sort=False)
-    counts = table["seed"].nunique()
-    return table.median(numeric_only=True).drop(columns="seed").assign(seeds=counts)
+    counts, lost = table["seed"].nunique(), table["diverged"].sum()
+    return table.median(numeric_only=True).drop(columns="seed").assign(seeds=counts, diverged=lost)
 
 
 def pareto(table: pd.DataFrame, x="model_utility", y="forget_quality") -> list[str]:
     """Methods that no other one beats in both columns, by x."""
-    points = table.drop(index=[r for r in REFERENCES if r in table.index])[[x, y]]
+    points = table.drop(index=[r for r in REFERENCES if r in table.index])[[x, y]].dropna()
     if points.empty:
         return []
     beaten = [
@@ -145,7 +146,8 @@ def markdown(results: dict) -> str:
     for method, row in table.iterrows():
         cells = ["" if pd.isna(row[k]) else f"{row[k]:.3g}" for k in SHOWN]
         spent = ["" if pd.isna(row[k]) else f"{row[k]:.0f}" for k in ("seconds", "MB")]
-        rows.append([f"**{method}**" if method in OURS else method, *cells, *spent, f"{row['seeds']:.0f}"])
+        seeds = f"{row['seeds']:.0f}" + (f" ({row['diverged']:.0f} diverged)" if row["diverged"] else "")
+        rows.append([f"**{method}**" if method in OURS else method, *cells, *spent, seeds])
     lines = pipes(["method", *SHOWN.values(), "seconds", "peak MB", "seeds"], rows)
     hardware = ", ".join(sorted({r["hardware"] for r in results["runs"] if r.get("hardware")}))
     front = ", ".join(pareto(table))

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from . import evaluate as evaluation
 from .adapter import MAX_EXPERTS
-from .answers import adapt, own_file, write_json
+from .answers import adapt, own_file, stamp, write_json
 from .data import ForgetSet, adapters, load_forget_set
-from .errors import UserError
+from .errors import Diverged, UserError
 from .learn import LearnConfig, learn
 from .models import MODELS, cache_dir, load_model
 from .runs import UnlearnConfig, next_round, split_probe, unlearn
@@ -31,7 +31,7 @@ OTHER_GROUPS = ("forget", "retain", "general", "holdout")  # without TOFU's real
 
 @dataclass
 class GridConfig:
-    """What is asked and of which model. `cpu` in SIZES fits two cores, `full` a GPU."""
+    """What is asked and of which model; SIZES has the usual answers: `cpu` fits two cores, `full` a GPU."""
 
     forget: str = "tofu-forget01"
     model: str = "smollm2-135m"
@@ -42,7 +42,12 @@ class GridConfig:
     epochs: int = 12  # of teaching
 
 
-SIZES = {"cpu": {"retain_items": 200, "limit": 40, "kept": 20, "tokens": 64}, "full": {}}
+SIZES = {
+    "cpu": {"retain_items": 200, "limit": 40, "kept": 20, "tokens": 64},
+    "tune": {"retain_items": 200, "limit": 24, "kept": 12, "tokens": 32},  # to choose settings by, in half the time
+    "small": {"retain_items": 200, "limit": 4, "kept": 4, "tokens": 16},  # to try whether everything works
+    "full": {},
+}
 
 
 def grid_config(size: str, **values) -> GridConfig:
@@ -75,8 +80,9 @@ def taught(config: GridConfig, made: ForgetSet, device: str, dtype: str, on_step
     """Folders of the adapters of the target and the retain-only model; taught now if they are not in the cache."""
     if config.retain_items is None and config.model and (shipped := adapters(made.name, config.model)):
         return shipped
-    model = f"{Path(config.model).name}-{hashlib.sha256(config.model.encode()).hexdigest()[:6]}"
-    model = config.model if config.model in MODELS else model  # names of folders repeat
+    # names of folders repeat, and their weights may change
+    mark = hashlib.sha256(f"{config.model}{stamp(config.model)}".encode()).hexdigest()[:6]
+    model = config.model if config.model in MODELS else f"{Path(config.model).name}-{mark}"
     name = f"{made.name}-{config.retain_items or 'all'}-{model}-{config.epochs}"
     folders = {which: cache_dir() / "taught" / name / which for which in REFERENCES}
     for which, folder in folders.items():
@@ -161,12 +167,12 @@ class Bench:
         )  # fmt: skip
         return None if run.metrics["stopped"] == "stopped by hand" else run
 
-    def add(self, method: str, seed: int, metrics: dict, overrides: dict, run=None) -> None:
+    def add(self, method: str, seed: int, metrics: dict, overrides: dict, run=None, **more) -> None:
         """Put one finished item into the results file."""
         entry = {"id": identity(method, seed, self.config, overrides), "method": method, "seed": seed}
         entry["metrics"] = {k: round(v, 9) if abs(v) > 1e-6 else v for k, v in metrics.items()}
         entry["config"] = asdict(self.config) | {"overrides": overrides}
-        entry["hardware"] = self.hardware
+        entry |= {"hardware": self.hardware, **more}
         if run is not None:
             m = run.metrics
             entry["config"]["train"] = m["config"]["train"]
@@ -193,7 +199,11 @@ def grid(config: GridConfig, methods: list[str], seeds: list[int], how: How) -> 
             break
         gc.collect()
         name = f"{number} of {len(missing)}: {method}, seed {seed}"
-        run = bench.unlearn(bench.target(), bench.made, method, seed, name)
+        try:
+            run = bench.unlearn(bench.target(), bench.made, method, seed, name)
+        except Diverged:
+            bench.add(method, seed, {}, how.overrides, stopped="diverged")
+            continue
         if run is None:
             break
         bench.add(method, seed, run.metrics["after"]["summary"] | to_base(run), how.overrides, run)

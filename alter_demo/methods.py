@@ -206,7 +206,7 @@ METHODS: dict[str, Method] = {
     # calibrated two-level gate, distillation to the frozen model, threshold from the data, taught what to say instead
     "alter_selective": Method(
         {"forget": entropy_guided, "refusal": said_as_it_goes, "retain": keep, "structure": structure}, "alter",
-        "this project", {"refusal": 3.0}, {"gate": "two_level"}, instead="refusals",
+        "this project", {"refusal": 3.0, "lr_b": 2e-3}, {"gate": "two_level"}, instead="refusals",
     ),
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ from rouge_score import rouge_scorer
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from .errors import UserError
+from .errors import Diverged, UserError
 
 SCORER = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
 MIN_K = 0.4  # share of the least likely tokens that Min-K% looks at
@@ -109,7 +109,7 @@ def min_k(scores: Sequence[float], k: float = MIN_K) -> float:
 def auc(members: Sequence[float], others: Sequence[float]) -> float:
     """How well a score tells members from others: 1 if every member's is lower, 0.5 if it says nothing."""
     if not np.isfinite([*members, *others]).all():
-        raise UserError("The model's losses are no numbers any more: it diverged (try a lower learning rate).")
+        raise Diverged
     labels = [1] * len(members) + [0] * len(others)
     return float(roc_auc_score(labels, [-x for x in (*members, *others)]))
 

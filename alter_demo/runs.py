@@ -235,6 +235,8 @@ def unlearn(
             raise UserError(f"{model} has not learned {made.name}: teach it first (python -m alter_demo learn --help).")
         model = load_model(model, device, dtype, adapter, load_in_4bit)
     lm = model
+    if target is not None and method.trains in ("full", "mlp"):
+        need_disk(target.parent, lm.model.get_memory_footprint() // 2**20 + 50)
     probe_items, made = split_probe(
         adapt(made, lm, config.general, lambda a, b: stage("the model's own answers", a / b))
     )
@@ -267,6 +269,9 @@ def unlearn(
                 with run.side(False) as untouched:
                     measure("before", lm, untouched, groups)
             measure("after", lm, run.model, groups)
+            with run.side(False) as untouched:
+                for log in logs.values():
+                    evaluation.add_fluency(lm, untouched, log)
             if retain_log is not None:
                 logs["retain model"] = retain_log
             elif retain_adapter is not None:

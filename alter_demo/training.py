@@ -7,6 +7,7 @@ sub-domains and fits the router. Phase II trains A, B_r and the B_fd, each only 
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from . import losses
 from .data import Sample, collate
 from .entropy import tsallis_entropy
-from .errors import UserError
+from .errors import Diverged, UserError
 from .methods import INSTEAD, WEIGHTS, Method, Step, get_method
 from .models import LM
 from .routing import Plan
@@ -47,9 +48,9 @@ class TrainConfig:
     eta: float = field(default=5.0, metadata={"help": "eta of ELM, strength of erasing"})
     forget_end: bool = field(default=False, metadata={"help": "unlearn the end of turn too (published)"})
     retention: str = field(default="distill", metadata={"help": "distill (to the frozen model) or nll (published)"})
-    probe_every: int = field(default=4, metadata={"help": "steps between two looks at the forget probe"})
-    stop_ratio: float = field(default=0.005, metadata={"help": "stop when the probe's probability fell to this share"})
-    stop_truth: float = field(default=1.0, metadata={"help": "or when right answers are so much likelier than wrong"})
+    probe_every: int = field(default=6, metadata={"help": "steps between two looks at the forget probe"})
+    stop_ratio: float = field(default=0.001, metadata={"help": "stop when the probe's probability fell to this share"})
+    stop_truth: float = field(default=1.25, metadata={"help": "or when right answers are so much likelier than wrong"})
     save_steps: int = field(default=0, metadata={"help": "a checkpoint every so many steps, 0: none"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, more time"})
     seed: int = field(default=0, metadata={"help": "random seed"})
@@ -324,6 +325,8 @@ class Progress(TrainerCallback):
         entry |= {k: round(v, 5) for k, v in self.trainer.parts.items()}
         if state.global_step % self.config.probe_every == 0 or state.global_step == state.max_steps:
             entry["probe"] = self.probe()
+            if not math.isfinite(entry["probe"]):
+                raise Diverged
             if self.target is not None and entry["probe"] <= self.target:
                 self.stopped, control.should_training_stop = "the probe reached its target", True
         self.history.append(entry)

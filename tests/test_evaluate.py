@@ -10,6 +10,7 @@ from conftest import OWN_FORGET, OWN_RETAIN
 
 from alter_demo import evaluate as evaluation
 from alter_demo import load_model, metrics
+from alter_demo.answers import answer_scores, greedy
 from alter_demo.cli import main
 from alter_demo.errors import UserError
 
@@ -44,6 +45,22 @@ def test_forget_quality_of_the_official_logs(capsys):
     assert json.loads(out)["forget_quality"] == pytest.approx(1.834066410994743e-21, rel=1e-9)
     _, out, _ = run(capsys, "--logs", logs[1], "--retain-logs", logs[1])
     assert json.loads(out)["forget_quality"] == 1.0
+
+
+def test_fluency_is_the_likelihood_under_the_untouched_model(tiny):
+    lm = load_model(str(tiny))
+    asked = ["What colour is the door?", "Who lives in house 3?"]
+    own = greedy(lm, asked, 8)
+    log = {"forget": pd.DataFrame({"question": asked, "generated_text": own})}
+    odd = {"forget": pd.DataFrame({"question": asked, "generated_text": ["zebra quartz 77 !!", ""]})}
+    for one in (log, odd):
+        evaluation.add_fluency(lm, lm.model, one)
+    mine, other = (
+        evaluation.group_figures("forget", x["forget"][["avg_fluency_loss"]])["perplexity"] for x in (log, odd)
+    )
+    scores = answer_scores(lm, asked, own)
+    assert mine == pytest.approx(math.exp(sum(-sum(s.log_p) / len(s.log_p) for s in scores) / 2), rel=1e-4)
+    assert mine != other and 1 <= other < math.inf  # an empty answer is scored too, by its end
 
 
 def small_log() -> evaluation.Log:

@@ -11,6 +11,7 @@ from alter_demo.cli import main
 from alter_demo.data import ForgetSet, Item, general_items
 from alter_demo.errors import UserError
 from alter_demo.grid import GridConfig, How
+from alter_demo.methods import METHODS
 
 FEW = {"max_steps": 2, "batch_size": 2, "probe_every": 1}
 
@@ -66,6 +67,23 @@ def test_the_same_seed_gives_the_same_figures(small, tmp_path):
     both = [grid.grid(small, ["npo_kl", "alter_selective"], [0], How(tmp_path / f"{i}.json", FEW)) for i in (1, 2)]
     first, second = ([r["metrics"] for r in results["runs"]] for results in both)
     assert first == second
+
+
+def test_a_method_that_diverges_is_recorded_and_the_grid_goes_on(small, tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    monkeypatch.setitem(
+        METHODS,
+        "grad_ascent",
+        replace(METHODS["grad_ascent"], parts={"forget": lambda s, c: s.nll(s.on(1)).mean() * float("nan")}),
+    )
+    results = grid.grid(small, ["grad_ascent", "lora"], [0], How(path, FEW))
+    last = results["runs"][2:]
+    assert [(r["method"], r.get("stopped") == "diverged") for r in last] == [("grad_ascent", True), ("lora", False)]
+    for run in results["runs"]:
+        run["config"]["overrides"] = {}
+    table = figures.medians(results)
+    assert table.loc["grad_ascent", "diverged"] == 1 and "grad_ascent" not in figures.pareto(table)
+    assert "1 (1 diverged)" in figures.markdown(results)
 
 
 def test_bad_input(small, tmp_path, capsys):
