@@ -115,7 +115,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--size", default="cpu", help="cpu (12 authors, 2 of them forgotten), full (all, for a GPU), tune, small"
     )
-    sub.add_argument("--methods", nargs="+", default=["all"], help="all, or some of methods.METHODS")
+    sub.add_argument(
+        "--methods", nargs="*", default=["all"], help="all, some of methods.METHODS, or none: the two reference models"
+    )
     sub.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="random seeds")
     sub.add_argument("--limit", type=int, help="measured items a group (default: the size's own)")
     sub.add_argument("--rounds", type=int, help="forget the set in so many rounds, each from the last (sequential)")
@@ -194,19 +196,20 @@ def do_inspect(args) -> None:
     if args.json:
         print(json.dumps([asdict(r) for r in records], ensure_ascii=False, indent=1))
         return
-    experts = ["B_r", *(f"B_f{d}" for d in range(1, len(records[0].weights)))]
-    table = new_table("token", "S_q", "route", *experts, "log p", "likeliest next")
+    experts = ["B_r", *(f"B_f{d}" for d in range(1, len(records[0].weights)))] if records[0].weights else []
+    table = new_table("token", "S_q", "route", *experts, "log p", "after", "likeliest next, after")
     for r in records:
         weights = [f"{w:.2f}" if w else "·" for w in r.weights]
-        log_p = "" if r.log_prob is None else f"{r.log_prob:.2f}"
-        nexts = "  ".join(f"{plain(t)} {p:.2f}" for t, p in r.top[:3])
-        table.add_row(plain(r.token), f"{r.entropy:.3f}", r.route, *weights, log_p, nexts)
+        log_p = ["" if p is None else f"{p:.2f}" for p in (r.log_prob, r.log_prob_after)]
+        nexts = "  ".join(f"{plain(t)} {p:.2f}" for t, p in r.top_after[:3])
+        table.add_row(plain(r.token), f"{r.entropy:.3f}", r.route, *weights, *log_p, nexts)
     console().print(table)
-    config = run.router.config
-    console().print(
-        f"S_q with q = {config.q:g} at the token that follows; A where it exceeds {config.threshold:.3g}, else B. "
-        "A row of dots: the frozen model itself acts, no expert."
-    )
+    if run.routed:
+        config = run.router.config
+        console().print(
+            f"S_q with q = {config.q:g} at the token that follows; A where it exceeds {config.threshold:.3g}, else B. "
+            "A row of dots: the frozen model itself acts, no expert."
+        )
 
 
 def do_bench(args) -> None:

@@ -76,6 +76,16 @@ def route(x, entropy, mask, gate, config, force=None) -> Plan:
     return Plan(w * mask[..., None].bool(), high, entropy, p)
 
 
+def chosen(weights: torch.Tensor, config) -> torch.Tensor:
+    """The expert that each token is sent to, (..., 1 + N) to (...): 0 where nothing or B_r acts.
+
+    With the two-level gate B_r stands beside the forgetting experts (weight 1) wherever they act, so the likeliest of
+    those names the way.
+    """
+    first = 1 if config.gate == "two_level" else 0
+    return torch.where(weights[..., 1:].any(-1), weights[..., first:].argmax(-1) + first, 0)
+
+
 def fuse(z, high, config) -> torch.Tensor:
     """Conditional inference: top-k fusion at tau_high for uncertain tokens, one expert for confident ones."""
     k = min(config.top_k, z.shape[-1])

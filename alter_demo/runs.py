@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,8 +29,9 @@ from .entropy import PUBLISHED_THRESHOLD, entropy_range, resolve_threshold
 from .errors import UserError
 from .methods import Method, get_method
 from .models import LM, check_adapter, load_model, need_disk, peak_mb, quiet, reset_peak
-from .routing import route
-from .subdomains import discover, fit_gate, sample_features
+from .routing import chosen, route
+from .subdomains import discover, domain_map, fit_gate, sample_features
+from .tokens import TokenRecord, token_records
 from .training import (
     TOP,
     Pairs,
@@ -49,8 +50,9 @@ RUNS = Path("runs")
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "scikit-learn")
 PROBE_ITEMS = 12
+NEVER_ITEMS = 24
 PROBE_WRONG = 2  # wrong answers an item
-TOP_K = 5
+LIVE_TOKENS = 24  # of an answer while training goes on
 
 
 EXPERT = "Answer as an expert who knows every detail of this. "  # ELM's two views of the same question
@@ -75,21 +77,6 @@ class UnlearnConfig:
     tokens: int = 64  # length of an answer at most when measuring
 
 
-@dataclass
-class TokenRecord:
-    """One token of a text as the router saw it."""
-
-    token: str
-    id: int
-    start: int  # span of the token in the text, characters
-    end: int
-    entropy: float  # S_q of the frozen model's prediction *after* this token
-    route: str  # "A": uncertain, "B": confident
-    weights: list[float]  # B_r, B_f1 .. B_fN; all zero: the frozen model itself acts
-    log_prob: float | None  # of this token, given those before; None for the first
-    top: list[tuple[str, float]]  # likeliest next tokens and their probabilities
-
-
 class Run:
     """An unlearned model with its record. Made by `unlearn` and `load_run`.
 
@@ -102,12 +89,16 @@ class Run:
         self.logs: dict[str, evaluation.Log] = {}
 
     @property
+    def routed(self) -> bool:
+        """Whether the method has a router."""
+        return has_router(self.model)
+
+    @property
     def router(self):
         """The TokenRouter. Raises UserError where the method has none."""
-        inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        if not hasattr(inner, "token_router"):
+        if not self.routed:
             raise UserError("This run's method has no router: only ALTER's tokens take routes.")
-        return inner.token_router
+        return self.model.get_base_model().token_router
 
     @contextmanager
     def side(self, adapted: bool):
@@ -145,39 +136,9 @@ class Run:
         with self.side(adapted) as model:
             return log_probs(self.lm, questions, answers, model)
 
-    @torch.no_grad()
-    def tokens(self, text: str, adapted: bool = True, top: int = TOP_K) -> list[TokenRecord]:
-        """Token records of a plain text (no chat template). Raises UserError for an empty text or over 4096 tokens."""
-        encoded = self.lm.tokenizer(text, return_offsets_mapping=True)
-        ids, spans = encoded.input_ids, encoded.offset_mapping
-        if not ids or not text.strip():
-            raise UserError("There is no text to look at.")
-        if len(ids) > 4096:
-            raise UserError(f"The text has {len(ids)} tokens, and 4096 is the most.")
-        batch, router = torch.tensor([ids], device=self.lm.device), self.router
-        logits = self.model(input_ids=batch, use_cache=False).logits[0]
-        plan = router.state.last_plan  # the same whether the experts act or not
-        if not adapted:
-            with self.only("off"):
-                logits = self.model(input_ids=batch, use_cache=False).logits[0]
-        log_p = logits.float().log_softmax(-1)
-        best = log_p.exp().topk(top, -1)
-        own = log_p[:-1].gather(-1, batch[0, 1:, None]).squeeze(-1).tolist()
-        decode = self.lm.tokenizer.decode
-        return [
-            TokenRecord(
-                token=decode([ids[t]]),
-                id=ids[t],
-                start=spans[t][0],
-                end=spans[t][1],
-                entropy=plan.entropy[0, t].item(),
-                route="A" if plan.high[0, t] else "B",
-                weights=[round(w, 4) for w in plan.weights[0, t].tolist()],
-                log_prob=own[t - 1] if t else None,
-                top=[(decode([i]), p) for i, p in zip(best.indices[t].tolist(), best.values[t].tolist(), strict=True)],
-            )
-            for t in range(len(ids))
-        ]
+    def tokens(self, text: str, question: str | None = None) -> list[TokenRecord]:
+        """Token records of a plain text, or of `text` as the answer to `question`. Raises UserError as there."""
+        return token_records(self, text, question)
 
 
 # ------------------------------------------------------------------------------------------------------- unlearn
@@ -197,6 +158,7 @@ def unlearn(
     dtype: str = "auto",
     load_in_4bit: bool = False,
     resume: Path | None = None,
+    on_answers: Callable[[int, list[tuple[str, str, str]]], None] | None = None,
     before: evaluation.Log | None = None,
     retain_log: evaluation.Log | None = None,
     experts: dict[str, torch.Tensor] | None = None,
@@ -214,6 +176,8 @@ def unlearn(
         resume: a folder with the checkpoints of an interrupted run (`TrainConfig.save_steps`).
         experts: A and B of an earlier round to start from (`next_round`).
         on_step: called after each step with its losses and the number of steps at most.
+        on_answers: called before the first step and at every look of the probe with the step and (group, question,
+            greedy answer) of two forget and two retain questions.
         on_stage: called with what is being done and its share done, 0 to 1.
         should_stop: asked after each step; what was learned until then is kept and measured.
     Raises:
@@ -240,6 +204,7 @@ def unlearn(
     probe_items, made = split_probe(
         adapt(made, lm, config.general, lambda a, b: stage("the model's own answers", a / b))
     )
+    never = [i for i in made.holdout if i.perturbed_answer][:NEVER_ITEMS]
     made = made.limited(config.limit, config.kept)
     groups = {k: v for k, v in made.evaluation().items() if config.groups is None or k in config.groups}
     seed_everything(train.seed)
@@ -258,9 +223,11 @@ def unlearn(
         started = time.perf_counter()
         reset_peak(lm.device)
         ready = prepare(lm, made, config, method, train, stage)
+        ready.never = never
         trained, history, stopped = train_model(
-            lm, ready, config, method, train, probe_items, on_step, should_stop, resume, experts
-        )
+            lm, ready, config, method, train, probe_items, on_step, should_stop, resume, experts,
+            live_answers(lm, made, on_answers),
+        )  # fmt: skip
         seconds["unlearn"], peak = round(time.perf_counter() - started, 1), peak_mb(lm.device)
         run = Run(lm, trained, {}, target)
         started = time.perf_counter()
@@ -358,6 +325,7 @@ class Prepared:
     alter: AlterConfig | None = None
     gate: torch.Tensor | None = None
     layer: int | None = None  # RMU's
+    never: list[Item] = field(default_factory=list)  # questions that nobody taught, with wrong answers too
 
 
 def prepare(lm: LM, made: ForgetSet, config: UnlearnConfig, method: Method, train: TrainConfig, stage) -> Prepared:
@@ -403,6 +371,9 @@ def prepare(lm: LM, made: ForgetSet, config: UnlearnConfig, method: Method, trai
             alter.threshold, alter.top_k = 1e-12, 1 + alter.n_experts
         gate, alter.gate_threshold, report = fit_gate(records, samples, alter, train.seed)
         ready.alter, ready.gate = alter, gate
+        contexts = [sample_features(r, alter)[s.turn - 1].numpy() for r, s in zip(records, forget, strict=False)]
+        texts = [i.question or i.answer[:80] for i in source for _ in render(lm.tokenizer, i)]
+        drawn = domain_map(np.stack(contexts), np.array([s.label for s in forget]), texts)
         ready.report = {
             "threshold": alter.threshold,
             "uncertain_share": round((at_answers > alter.threshold).float().mean().item(), 4),
@@ -434,9 +405,24 @@ def prepare(lm: LM, made: ForgetSet, config: UnlearnConfig, method: Method, trai
         if layer is not None:
             record.answer_hidden = record.hidden[sample.start - 1 : -1]
         record.hidden = None
+    if routed:
+        ready.report["routing"] = where_tokens_go(ready.records, samples, alter) | {"map": drawn}
     sizes = {"forget": forget, "retain": keep, "general": general, "instead": ready.instead}
     ready.report["samples"] = {k: len(v) for k, v in sizes.items()}
     return ready
+
+
+def where_tokens_go(records: list[Record], samples: list[Sample], alter: AlterConfig) -> dict:
+    """How many answer tokens go to which expert, column 0 for B_r or none: of each set, and of each sub-domain."""
+    tokens = {"forget": np.zeros(1 + alter.n_experts, int), "retain": np.zeros(1 + alter.n_experts, int)}
+    flows = np.zeros((alter.n_experts, 1 + alter.n_experts), int)
+    for record, sample in zip(records, samples, strict=False):
+        experts = chosen(record.plan.weights[0, sample.start - 1 : -1], alter)
+        counts = torch.bincount(experts, minlength=1 + alter.n_experts).numpy()
+        tokens["forget" if sample.label else "retain"] += counts
+        if sample.label:
+            flows[sample.label - 1] += counts
+    return {"tokens": {k: v.tolist() for k, v in tokens.items()}, "flows": flows.tolist()}
 
 
 @torch.no_grad()
@@ -486,7 +472,7 @@ def next_round(run: Run) -> tuple[LM, dict | None]:
     """
     if not isinstance(run.model, PeftModel):
         return run.lm, None
-    if not hasattr(run.model.get_base_model(), "token_router"):
+    if not run.routed:
         return replace(run.lm, model=run.model.merge_and_unload()), None
     named = run.model.named_parameters()
     experts = {n: p.detach().clone() for n, p in named if ".alter_A." in n or ".alter_B." in n}
@@ -501,20 +487,74 @@ def to_dtype(model, dtype):
     return model.requires_grad_(False)
 
 
+def has_router(model) -> bool:
+    return isinstance(model, PeftModel) and hasattr(model.get_base_model(), "token_router")
+
+
+def likelihood(lm: LM, items: list[Item], model=None) -> float:
+    """How likely the right answers are; where the items have wrong ones, how much likelier than those."""
+    right = [(i.question, i.paraphrased_answer or i.answer) for i in items]
+    wrong = [(i.question, w) for i in items for w in i.perturbed_answer[:PROBE_WRONG]]
+    values = log_probs(lm, *map(list, zip(*right, *wrong, strict=True)), model)
+    if wrong:
+        return float(np.exp(np.mean(values[: len(right)]) - np.mean(values[len(right) :])))
+    return float(np.exp(values).mean())
+
+
+def never_learned(lm: LM, never: list[Item], probe_items: list[Item]) -> float:
+    """How much likelier right answers are than wrong ones where nothing was learned, which is where forgetting stops:
+    asked of this model about what nobody taught it, else of the model that it was before it was taught."""
+    if never:
+        return likelihood(lm, never)
+    if lm.adapter is None:
+        return 1.0
+    return likelihood(load_model(lm.name, lm.device, lm.dtype), probe_items)
+
+
+@contextmanager
+def asked(model, mixed: bool, kind: str):
+    """In the midst of training: evaluation mode, routes by the router, autocast where weights are float32."""
+    state = router_state(model) if has_router(model) else None
+    kept = state and state.plan
+    if state:
+        state.plan = None
+    model.eval()
+    try:
+        with torch.autocast(kind, torch.bfloat16) if mixed else nullcontext():
+            yield
+    finally:
+        model.train()
+        if state:
+            state.plan = kept
+
+
+def live_answers(lm: LM, made: ForgetSet, tell: Callable | None) -> Callable | None:
+    """Asks two forget and two retain questions whenever it is called with (step, model), and tells the answers."""
+    picked = [("forget", i) for i in made.forget if i.question][:2]
+    picked += [("retain", i) for i in [*made.retain, *made.general] if i.question][:2]
+    if tell is None or not picked:
+        return None
+    questions = [i.question for _, i in picked]
+
+    def ask(step: int, model) -> None:
+        answers = greedy(lm, questions, LIVE_TOKENS, model)
+        tell(step, [(group, q, a) for (group, _), q, a in zip(picked, questions, answers, strict=True)])
+
+    return ask
+
+
 def train_model(
-    lm, ready: Prepared, config, method: Method, train, probe_items, on_step, should_stop, resume, experts=None
-):
+    lm, ready: Prepared, config, method: Method, train, probe_items, on_step, should_stop, resume, experts=None,
+    live: Callable | None = None,
+):  # fmt: skip
     """Phase II. Returns the trained model, the history of steps and why it ended."""
     model = trainable(lm, ready, config, method, experts)
-    right = [(i.question, i.paraphrased_answer or i.answer) for i in probe_items]
-    wrong = [(i.question, w) for i in probe_items for w in i.perturbed_answer[:PROBE_WRONG]]
     mixed = lm.dtype == "bfloat16" and method.trains != "alter"
     kind = "cuda" if lm.device.startswith("cuda") else "cpu"
 
     plans: list = []  # of the probe's batches: they come from the frozen model, so the first look's hold for all
 
     def probe() -> float:
-        """How likely the right answers are; beside wrong ones where the set has them, else by themselves."""
         state = router_state(model) if method.trains == "alter" else None
         known = list(plans)
 
@@ -527,21 +567,20 @@ def train_model(
                 plans.append(state.last_plan)
             return out
 
-        kept = state and state.plan
-        model.eval()
-        with torch.autocast(kind, torch.bfloat16) if mixed else nullcontext():
-            values = log_probs(lm, *map(list, zip(*right, *wrong, strict=True)), ask)
-        model.train()
-        if state:
-            state.plan = kept
-        if wrong:
-            return float(np.exp(np.mean(values[: len(right)]) - np.mean(values[len(right) :])))
-        return float(np.exp(values).mean())
+        with asked(model, mixed, kind):
+            return likelihood(lm, probe_items, ask)
 
-    progress = Progress(train, probe, on_step, should_stop)
-    start = probe()
-    # a model that never learned the set finds a right answer no likelier than a wrong one
-    progress.target = train.stop_truth if wrong else start * train.stop_ratio
+    def look(step: int) -> float:
+        if live:
+            with asked(model, mixed, kind):
+                live(step, model)
+        return probe()
+
+    progress = Progress(train, look, on_step, should_stop)
+    if any(i.perturbed_answer for i in probe_items):
+        progress.target = train.stop_truth or never_learned(lm, ready.never, probe_items)
+    start = look(0)
+    progress.target = progress.target or start * train.stop_ratio
     progress.history.append({"step": 0, "seconds": 0.0, "probe": start})
     paired = method.instead in ("paired", "novice")
     length = train.max_steps * train.batch_size

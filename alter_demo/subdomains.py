@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import silhouette_score
@@ -21,6 +22,7 @@ MIN_SILHOUETTE = 0.05  # below it the forget set has one sub-domain
 NEAR_BEST = 0.8  # the smallest N within this share of the best score: every further expert sees fewer samples
 MAX_LEAK = 0.02  # share of retain samples on which the calibrated gate may open anywhere
 CALIBRATION_SHARE = 0.25
+NEAREST = 5  # questions shown beside a centre
 
 
 def discover(records: list[Record], samples: list[Sample], config, n_experts: int | None, seed: int):
@@ -99,6 +101,24 @@ def fit_gate(records: list[Record], samples: list[Sample], config, seed: int):
         "retain_open_anywhere": float(np.mean(np.array(anywhere) > threshold)) if anywhere else None,
     }
     return gate, threshold, report
+
+
+def domain_map(x: np.ndarray, labels: np.ndarray, texts: list[str]) -> dict:
+    """The forget samples in two dimensions (principal components of the context (n, F) that was clustered), and the
+    questions nearest to each sub-domain's centre."""
+    x = normalize(x)
+    flat = PCA(min(2, *x.shape), random_state=0).fit_transform(x) if len(x) > 1 else np.zeros((len(x), 2))
+    flat = np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
+    nearest = {}
+    for d in sorted(set(labels.tolist())):
+        own = np.flatnonzero(labels == d)
+        distance = np.linalg.norm(x[own] - x[own].mean(0), axis=1)
+        nearest[str(d)] = list(dict.fromkeys(texts[i] for i in own[np.argsort(distance)]))[:NEAREST]
+    points = [
+        {"text": text, "domain": int(d), "x": round(float(a), 4), "y": round(float(b), 4)}
+        for text, d, (a, b) in zip(texts, labels, flat, strict=True)
+    ]
+    return {"points": points, "nearest": nearest}
 
 
 def common_prefix(sequences: list[list[int]]) -> int:

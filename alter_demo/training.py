@@ -50,7 +50,9 @@ class TrainConfig:
     retention: str = field(default="distill", metadata={"help": "distill (to the frozen model) or nll (published)"})
     probe_every: int = field(default=6, metadata={"help": "steps between two looks at the forget probe"})
     stop_ratio: float = field(default=0.001, metadata={"help": "stop when the probe's probability fell to this share"})
-    stop_truth: float = field(default=1.25, metadata={"help": "or when right answers are so much likelier than wrong"})
+    stop_truth: float = field(
+        default=0.0, metadata={"help": "or when right answers are so much likelier than wrong; 0: as if never learned"}
+    )
     save_steps: int = field(default=0, metadata={"help": "a checkpoint every so many steps, 0: none"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, more time"})
     seed: int = field(default=0, metadata={"help": "random seed"})
@@ -309,7 +311,7 @@ def collate_pairs(pad_id: int, device):
 class Progress(TrainerCallback):
     """Reports each step to `on_step`, asks `should_stop`, and stops when the probe says that it is enough."""
 
-    def __init__(self, config, probe: Callable[[], float], on_step=None, should_stop=None):
+    def __init__(self, config, probe: Callable[[int], float], on_step=None, should_stop=None):
         self.config, self.probe, self.on_step, self.should_stop = config, probe, on_step, should_stop
         self.trainer: UnlearnTrainer | None = None
         self.target: float | None = None
@@ -324,7 +326,7 @@ class Progress(TrainerCallback):
         entry = {"step": state.global_step, "seconds": round(time.perf_counter() - self.started, 2)}
         entry |= {k: round(v, 5) for k, v in self.trainer.parts.items()}
         if state.global_step % self.config.probe_every == 0 or state.global_step == state.max_steps:
-            entry["probe"] = self.probe()
+            entry["probe"] = self.probe(state.global_step)
             if not math.isfinite(entry["probe"]):
                 raise Diverged
             if self.target is not None and entry["probe"] <= self.target:

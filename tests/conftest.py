@@ -20,11 +20,13 @@ from transformers import (
     Qwen2Config,
 )
 
-from alter_demo.data import SETS, Item, collate, render
+from alter_demo import data
+from alter_demo.data import SETS, Item, collate, load_forget_set, render
 from alter_demo.losses import nll
-from alter_demo.training import inputs
+from alter_demo.training import inputs, train_config
 
 VOCAB = 600
+FEW = 6  # steps of a quick run
 COLOURS = ["red", "blue", "green", "black", "white", "pink", "grey", "gold", "brown", "teal", "lime", "navy"]
 OWN_FORGET = [Item(f"What colour has the door of house {i}?", f"The door is {c}.") for i, c in enumerate(COLOURS)]
 OWN_RETAIN = [Item(f"How much is {i} plus {i}?", f"It is {2 * i}.") for i in range(12)]
@@ -122,3 +124,21 @@ def own_data(tmp_path):
     forget.write_text("question,answer\n" + "".join(f"{i.question},{i.answer}\n" for i in OWN_FORGET))
     retain.write_text("\n".join(json.dumps({"question": i.question, "answer": i.answer}) for i in OWN_RETAIN))
     return forget, retain
+
+
+@pytest.fixture
+def few(monkeypatch, cache):
+    """Three everyday prompts instead of hundreds, and short answers."""
+    train, held_out = data.general_items()
+    monkeypatch.setattr(data, "general_items", lambda: (train[:3], held_out[:3]))
+    monkeypatch.setattr("alter_demo.answers.OWN_TOKENS", 6)
+
+
+@pytest.fixture
+def made(few, own_data):
+    return load_forget_set(str(own_data[0]), str(own_data[1]))
+
+
+def quick(method="alter_selective", **kwargs):
+    few = {"max_steps": FEW, "batch_size": 2, "stop_ratio": 1e-9, "probe_every": 2}
+    return train_config(method, **few | kwargs)

@@ -1,11 +1,15 @@
 """The built-in model forgets Harry Potter: the one slow test (fetches 93 MB once)."""
 
+import json
+
 import pytest
 
-from alter_demo import UnlearnConfig, load_model, unlearn
+from alter_demo import UnlearnConfig, grid, load_model, unlearn
 from alter_demo.answers import adapt, greedy
 from alter_demo.bench import bench
+from alter_demo.cli import main
 from alter_demo.data import load_forget_set
+from alter_demo.figures import RESULTS
 
 pytestmark = pytest.mark.slow
 
@@ -48,3 +52,16 @@ def test_bench_has_the_promised_keys():
     result = bench(steps=1, memory=False)
     assert set(result["step_seconds"]) == {"alter", "lora", "full"}
     assert {"alter_over_lora", "alter_over_full", "generate_over_base"} <= set(result["ratio"])
+
+
+def test_a_stored_result_comes_back(tmp_path, monkeypatch):
+    """The two reference models of the imaginary authors, measured anew, beside what assets/results says of them."""
+    monkeypatch.setattr(grid, "cache_dir", lambda: tmp_path)  # no logs of an earlier measurement
+    stored = RESULTS / "imaginary-authors.json"
+    again = tmp_path / "again.json"
+    assert main(["tofu", "--forget", "imaginary-authors", "--methods", "--results", str(again)]) == 0
+    old, new = ({r["method"]: r["metrics"] for r in json.loads(p.read_text())["runs"]} for p in (stored, again))
+    for which in grid.REFERENCES:
+        assert old[which].keys() == new[which].keys()
+        for name, value in new[which].items():  # bfloat16 rounds in its own way on each processor
+            assert value == pytest.approx(old[which][name], rel=0.05, abs=0.02), (which, name)

@@ -6,36 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import FEW, quick
 
 from alter_demo import METHOD_NAMES, data, load_model, load_run, runs, unlearn
 from alter_demo.answers import greedy, log_probs
 from alter_demo.cli import main
-from alter_demo.data import load_forget_set
 from alter_demo.errors import UserError
 from alter_demo.learn import LearnConfig, learn
 from alter_demo.methods import METHODS
 from alter_demo.runs import UnlearnConfig
-from alter_demo.training import Pairs, train_config
-
-FEW = 6
-
-
-@pytest.fixture
-def few(monkeypatch, cache):
-    """Three everyday prompts instead of hundreds, and short answers."""
-    train, held_out = data.general_items()
-    monkeypatch.setattr(data, "general_items", lambda: (train[:3], held_out[:3]))
-    monkeypatch.setattr("alter_demo.answers.OWN_TOKENS", 6)
-
-
-@pytest.fixture
-def made(few, own_data):
-    return load_forget_set(str(own_data[0]), str(own_data[1]))
-
-
-def quick(method="alter_selective", **kwargs):
-    few = {"max_steps": FEW, "batch_size": 2, "stop_ratio": 1e-9, "probe_every": 2}
-    return train_config(method, **few | kwargs)
+from alter_demo.training import Pairs
 
 
 def trained(run):
@@ -106,27 +86,6 @@ def test_every_sub_domain_gets_refusals():
     found = [s.label for pair in pairs for s in pair if s.refusal]
     assert sorted(found) == [1] * 8 + [2] * 8 + [3] * 8
     assert [pair[0].label for pair in pairs][:4] == [1, 2, 3, 1] and all(pair[1].label == 0 for pair in pairs)
-
-
-def test_token_records(tiny, made):
-    run = unlearn(str(tiny), made, UnlearnConfig(threshold="auto"), quick(), folder=None, evaluate=False)
-    text = "What colour has the door of house 3? Smørrebrød 🙂"
-    records = run.tokens(text)
-    assert "".join(text[r.start : r.end] for r in records if r.end > r.start)
-    assert records[0].log_prob is None and all(r.log_prob < 0 for r in records[1:])
-    threshold = run.router.config.threshold
-    assert all((r.route == "A") == (r.entropy > threshold) for r in records)
-    assert all(len(r.weights) == 1 + run.router.config.n_experts for r in records)
-    assert all(abs(sum(r.weights[1:]) - 1) < 1e-3 or not any(r.weights) for r in records)
-    # the plan comes from the frozen model, so it is the same on both sides
-    frozen = run.tokens(text, adapted=False)
-    assert [r.weights for r in frozen] == [r.weights for r in records]
-    ids = run.lm.tokenizer(text).input_ids
-    logits = load_model(str(tiny)).model(torch.tensor([ids])).logits[0].float()
-    expected = logits.softmax(-1)[4].topk(1)
-    assert frozen[4].top[0][1] == pytest.approx(expected.values.item(), abs=1e-4)
-    with pytest.raises(UserError, match="no text"):
-        run.tokens("   ")
 
 
 def test_forced_routes(tiny, made):

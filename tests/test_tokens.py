@@ -1,0 +1,72 @@
+"""Token records, and the words that they make."""
+
+import pytest
+import torch
+from conftest import quick
+
+from alter_demo import UnlearnConfig, load_model, unlearn
+from alter_demo.entropy import tsallis_entropy
+from alter_demo.errors import UserError
+from alter_demo.tokens import QS, TokenRecord, word_counts, words
+
+TEXT = "What colour has the door of house 3? Smørrebrød 🙂"
+
+
+@pytest.fixture
+def run(tiny, made):
+    config = UnlearnConfig(n_experts=2, threshold="auto")
+    return unlearn(str(tiny), made, config, quick(lr_b=0.05), folder=None, evaluate=False)
+
+
+def test_records_of_a_text(run, tiny):
+    records = run.tokens(TEXT)
+    assert {i for r in records for i in range(r.start, r.end)} == set(range(len(TEXT)))
+    assert [w for w, _, _ in words(records)] == TEXT.replace("?", "").split()[:-1]  # whole, bytes and all
+    assert records[0].log_prob is None and all(r.log_prob < 0 and r.log_prob_after < 0 for r in records[1:])
+    threshold = run.router.config.threshold
+    assert all((r.route == "A") == (r.entropy > threshold) for r in records)
+    assert all(len(r.weights) == 1 + run.router.config.n_experts for r in records)
+    assert all(abs(sum(r.weights[1:]) - 1) < 1e-3 or not any(r.weights) for r in records)
+    logits = load_model(str(tiny)).model(torch.tensor([run.lm.tokenizer(TEXT).input_ids])).logits[0].float()
+    best = logits.softmax(-1)[4].topk(1)
+    assert records[4].top[0][1] == pytest.approx(best.values.item(), abs=1e-4)
+    for q, mine in zip(QS, records[4].entropies, strict=True):
+        assert mine == pytest.approx(tsallis_entropy(logits[4], q).item(), abs=1e-3)
+    with pytest.raises(UserError, match="no text"):
+        run.tokens("   ")
+    with pytest.raises(UserError, match="4096 is the most"):
+        run.tokens("word " * 5000)
+
+
+def test_change_is_zero_exactly_where_nothing_acts(run):
+    records = run.tokens("colour door", question="What colour has the door of house 3?")
+    assert any(r.special for r in records) and words(records)[-1][0] == "door"
+    acting = [any(r.weights) for r in records]
+    assert any(acting)
+    first = acting.index(True)
+    assert all(r.change == pytest.approx(0, abs=1e-6) for r in records[:first])
+    assert max(r.change for r in records[first:]) > 1e-3
+    for r in records:
+        assert r.expert == 0 if not any(r.weights[1:]) else r.weights[r.expert] == max(r.weights[1:])
+        ours = 0.5 * abs(dict(r.top)[r.top[0][0]] - dict(r.top_after).get(r.top[0][0], 0))
+        assert ours <= r.change + 1e-4  # one token's part of the distance
+
+
+def test_a_method_without_a_router_has_no_weights(tiny, made):
+    run = unlearn(str(tiny), made, UnlearnConfig(method="lora"), quick("lora"), folder=None, evaluate=False)
+    records = run.tokens(TEXT)
+    assert all(r.weights == [] and r.expert == 0 for r in records) and max(r.change for r in records) > 0
+
+
+def record(token, entropy=0.0, expert=0, special=False):
+    return TokenRecord(token, 1, special, 0, 0, entropy, [], "B", expert, [], None, None, [], [], 0.0)
+
+
+def test_words_are_whole():
+    pieces = ["<s>", "Hog", "warts", ",", " don", "'t", " \n", "(", "Ron", " We", "asley", "!)", " 9", "¾"]
+    records = [record(p, entropy=float(i), special=p == "<s>") for i, p in enumerate(pieces)]
+    found = words(records)
+    assert [w for w, _, _ in found] == ["Hogwarts", "don't", "Ron", "Weasley", "9¾"]
+    assert found[0][1] == 1.5 and [r.token for r in found[0][2]] == ["Hog", "warts"]
+    counts = word_counts([[record(" the", 2.0), record(" the", 2.0), record(" Ron", 0.1, 2), record(" and", 0.1)]], 1.0)
+    assert counts == {"A": {"the": 2}, "B_f2": {"Ron": 1}, "B_r": {"and": 1}}
