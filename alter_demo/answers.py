@@ -7,11 +7,12 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from .data import SETS, ForgetSet, Item, Sample, asked_differently, collate, load_forget_set, render, render_prompt
 from .errors import UserError
@@ -51,6 +52,41 @@ def greedy(lm: LM, prompts: list[str], max_new_tokens: int = 64, model=None, tic
         if tick:
             tick(done, len(prompts))
     return answers
+
+
+@torch.no_grad()
+def stream(lms: list[LM], sides: list[Callable], question: str, max_new_tokens=64, temperature=0.0, seed=0):
+    """Answers of several models to one question, token by token, side by side.
+
+    Args:
+        sides: for each a function that gives a context manager whose value is the model to ask.
+        temperature: 0 is greedy. The sides draw with the same noise (Gumbel's), so that they say the same as long as
+            they think the same.
+    Yields:
+        The answers so far, a list of one text a side.
+    """
+    ids = [[*render_prompt(lm.tokenizer, question)] for lm in lms]
+    said, ends = [[] for _ in lms], [set(eos_ids(lm)) for lm in lms]
+    caches, going = [DynamicCache() for _ in lms], [True for _ in lms]
+    for step in range(max_new_tokens):
+        for k, (lm, side) in enumerate(zip(lms, sides, strict=True)):
+            if not going[k]:
+                continue
+            new = torch.tensor([said[k][-1:] or ids[k]], device=lm.device)
+            with side() as model:
+                seen = len(ids[k]) + len(said[k])
+                mask = torch.ones(1, seen, dtype=torch.long, device=lm.device)
+                out = model(input_ids=new, attention_mask=mask, past_key_values=caches[k], use_cache=True)
+            z = out.logits[0, -1].float().cpu()
+            if temperature > 0:
+                noise = torch.rand(z.shape, generator=torch.Generator().manual_seed(seed * 10_007 + step))
+                z = z / temperature - (-noise.clamp_min(1e-9).log()).log()
+            token = int(z.argmax())
+            going[k] = token not in ends[k]
+            said[k] += [token] if going[k] else []
+        yield [lm.tokenizer.decode(s, skip_special_tokens=True).strip() for lm, s in zip(lms, said, strict=True)]
+        if not any(going):
+            return
 
 
 def eos_ids(lm: LM) -> list[int]:
@@ -158,12 +194,12 @@ def stamp(*folders: str | Path) -> str:
     return hashlib.sha256(repr(marks).encode()).hexdigest()[:8] if files else ""
 
 
-def write_json(path: Path, value) -> None:
+def write_json(path: Path, value, indent: int | None = 1) -> None:
     """Write aside, then rename: a reader never sees half a file. Raises UserError when the disk refuses."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as handle:
-            json.dump(value, handle, ensure_ascii=False, indent=1)
+            json.dump(value, handle, ensure_ascii=False, indent=indent)
         os.replace(handle.name, path)
     except OSError as error:
         raise UserError(f"{path} could not be written ({error.strerror}): make room there.") from None

@@ -132,6 +132,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--results", type=Path, default=Path("assets/results"), help="folder of the results files")
     sub.add_argument("--readme", type=Path, default=Path("README.md"), help="file with the tables")
 
+    sub = command("example", do_example, "Store what the first screen of the page shows, from a run on harry-potter.")
+    sub.add_argument("run", type=Path, help="folder of the run")
+
     sub = command("prepare", do_prepare, "Record what a model itself answers to all built-in prompts (the filter).")
     model_options(sub)
     sub.add_argument("--out", type=Path, help="file (default: in the cache)")
@@ -306,6 +309,13 @@ def do_report(args) -> None:
 
     for path in report(args.results, args.readme):
         print(path)
+
+
+def do_example(args) -> None:
+    from .example import store_example
+    from .runs import load_run
+
+    print(f"Stored in {store_example(load_run(args.run))}.")
 
 
 def do_prepare(args) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .errors import UserError
 
+EXAMPLE = Path(__file__).parents[1] / "assets" / "example.json"  # of the first screen
 SETS = Path(__file__).parent / "sets"
 ASSETS = Path(__file__).parent.parent / "assets"
 MAX_BYTES = 50 * 2**20

@@ -7,6 +7,10 @@ class UserError(Exception):
     """Shown as it stands, without a traceback; the command line then exits with code 2."""
 
 
+class Interrupted(Exception):
+    """Whoever asked has left: what is being computed is given up at once."""
+
+
 class Diverged(UserError):
     """Training left the model without numbers. A grid records that and goes on with the next method."""
 

@@ -9,12 +9,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import UserError
+from .errors import Interrupted, UserError
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ MODELS = {
         disk_mb=700,
     )
 }
+RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")
+INTERRUPT = threading.Event()  # set: every model in this process stops computing
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w-]*(\.[\w-]+)*/[A-Za-z0-9][\w-]*(\.[\w-]+)*$")
 
 
@@ -136,7 +139,15 @@ def load_model(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.get_output_embeddings().register_forward_pre_hook(contiguous)
+    for layer in max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len, default=[model]):
+        layer.register_forward_pre_hook(give_up)
     return LM(model.eval(), tokenizer, name, device, dtype, str(adapter) if adapter else None)
+
+
+def give_up(module, args):
+    """Before each layer: a closed tab must not hold the machine until a long batch has ended."""
+    if INTERRUPT.is_set():
+        raise Interrupted
 
 
 def contiguous(module, args):

@@ -1,7 +1,7 @@
-"""The page: unlearn, compare, look at tokens. Everything heavy is imported after the page is up.
+"""The page: a finished example, unlearn, compare, token X-ray, word clouds, router, evidence, how it works.
 
-One job runs at a time, whoever started it (`JOB`); a closed tab or the stop button ends it after its current step.
-Model and user text only ever reaches components that show it as text.
+Layout and wiring only; what the buttons do stands in `jobs.py`. Model and user text only ever reaches components that
+show it as text.
 """
 
 from __future__ import annotations
@@ -10,117 +10,342 @@ import os
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
-import json
-import queue
-import threading
-import time
-from pathlib import Path
+from importlib.resources import files
 
 import gradio as gr
-import pandas as pd
 
-from . import METHOD_NAMES
+from . import METHOD_NAMES, jobs
 from .data import FORGET_SETS
 from .errors import UserError
+from .jobs import LIVE_COLUMNS, ROUTES, UNTOUCHED
 from .models import MODELS
 
-RUNS = Path("runs")
-JOB = threading.Lock()  # held while a model trains or answers
-STOP: dict[str, threading.Event] = {}  # session -> asked to stop
-LOADED: dict[str, object] = {}  # the run that was used last: {path: Run}
-TICK = 0.5  # seconds between two updates of the page
-LOSS_COLUMNS = ["step", "value", "part"]
-BUSY = "Another job is running on this machine; this one starts when it has ended."
-LIMITS = """**What it does not promise.** The built-in model is small (135 M parameters) and knows little. The
-knowledge is not gone from the weights: the adapter keeps it from being said, and who removes the adapter has it back.
-This is no privacy guarantee. Attacks (relearning, quantisation, role-play) are not measured here yet."""
+STATIC = files(__package__) / "static"
+TABS = ("example", "unlearn", "compare", "xray", "clouds", "router", "evidence", "how")
+ONE_JOB = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+AT_ONCE = {"queue": False, "api_visibility": "private"}
+WAITING = 64  # visitors in the queue; each sees his place in it
+# the address names run, tab and question, so that it can be sent to somebody
+REMEMBER = """(run, tab, prompt) => {
+  const url = new URL(window.location);
+  for (const [key, value] of Object.entries({run, tab, prompt})) {
+    if (value) url.searchParams.set(key, value); else url.searchParams.delete(key);
+  }
+  window.history.replaceState(null, "", url);
+}"""
+
+# gradio labels an empty box without saying what it is, which screen readers may not read
+MEND = """() => {
+  const empty = () => document.querySelectorAll(".empty[aria-label]:not([role])");
+  const mend = () => empty().forEach((node) => node.setAttribute("role", "img"));
+  new MutationObserver(mend).observe(document.body, {childList: true, subtree: true});
+  mend();
+}"""
+
+
+def xray(value: dict, **kwargs) -> gr.HTML:
+    """Token records drawn in the browser by `static/xray.js`; the value is the dict of `xray.xray_data`.
+
+    A function, since a subclass of a component makes gradio write a .pyi file into the package.
+    """
+    script = (STATIC / "xray.js").read_text(encoding="utf-8")
+    draw = "const show = () => drawXray(element.querySelector('.xray-root'), props.value || {});"
+    return gr.HTML(
+        value, html_template="<div class='xray-root'></div>",
+        js_on_load=f"{script}\n{draw}\nshow();\nwatch('value', show);", **kwargs,
+    )  # fmt: skip
 
 
 def build() -> gr.Blocks:
     with gr.Blocks(title="ALTER: make a language model forget", analytics_enabled=False) as demo:
-        run_path = gr.State("")
         gr.Markdown("# Make a language model forget, and only that")
-        gr.Markdown(
-            "ALTER trains a small adapter on a frozen model. Every token is routed by how sure the model is: uncertain "
-            "ones through a shared matrix A, confident ones through one expert B. **Press Unlearn, then ask both "
-            "models below, then look at the tokens.** Everything on this page is computed when you press the button."
-        )
-        with gr.Row():
-            with gr.Column(scale=2):
-                model = gr.Dropdown(
-                    list(MODELS), value=next(iter(MODELS)), label="Model", allow_custom_value=True,
-                    info="built in, a folder on this machine, or a hub id",
-                )  # fmt: skip
-                forget = gr.Dropdown(list(FORGET_SETS), value="harry-potter", label="What it shall forget")
-                upload = gr.File(
-                    label="or your own file (.jsonl, .json, .csv with question,answer or text)",
-                    file_types=[".jsonl", ".json", ".csv"],
-                    height=120,
-                )
-                with gr.Accordion("More settings", open=False):
-                    steps = gr.Slider(1, 200, 120, step=1, label="Steps at most", info="stops earlier by itself")
-                    rank = gr.Slider(1, 32, 8, step=1, label="Rank")
-                    experts = gr.Slider(0, 8, 0, step=1, label="Forgetting experts", info="0: found by clustering")
-                    limit = gr.Slider(4, 100, 24, step=1, label="Questions per group to measure with")
-                    method = gr.Dropdown(
-                        list(METHOD_NAMES), value="alter_selective", label="Method",
-                        info="alter: as published; alter_selective: leaves the rest alone; the others are rivals",
-                    )  # fmt: skip
-                with gr.Row():
-                    start = gr.Button("Unlearn", variant="primary")
-                    stop = gr.Button("Stop and keep")
-                status = gr.Markdown(expected_time(), elem_id="status")
-            with gr.Column(scale=3):
-                loss = gr.LinePlot(
-                    None, x="step", y="value", color="part", height=300,
-                    title="Loss by part, and the forget probe (probability)",
-                )  # fmt: skip
-                numbers = gr.Dataframe(
-                    headers=["group", "probability", "ROUGE-L", "like the untouched model's"], interactive=False,
-                    label="Before → after",
-                )  # fmt: skip
-        gr.Markdown("## The same question, before and after")
-        with gr.Row():
-            runs = gr.Dropdown(run_names(), value=next(iter(run_names()), None), label="Run", scale=1)
-            prompt = gr.Textbox(
-                "What is the name of Harry Potter's school?", label="Question", scale=3, max_length=4000
-            )
-            ask = gr.Button("Ask both", scale=1)
-        with gr.Row():
-            before = gr.Textbox(label="Before (the untouched model)", lines=4, interactive=False, elem_id="before")
-            after = gr.Textbox(label="After", lines=4, interactive=False, elem_id="after")
-        gr.Examples(
-            ["What is the name of Harry Potter's red-haired best friend?", "Who wrote The Hobbit?",
-             "What is the capital of France?", "Which train takes students to Hogwarts?"],
-            prompt, cache_examples=False, run_on_click=False,
-        )  # fmt: skip
-        gr.Markdown("## Which tokens route to A and which to B")
-        with gr.Row():
-            text = gr.Textbox(
-                "Harry Potter took the Hogwarts Express with Ron Weasley. However, Paris is the capital of France.",
-                label="Text", scale=4, max_length=8000,
-            )  # fmt: skip
-            look = gr.Button("Show tokens", scale=1)
-        tokens = gr.Dataframe(
-            headers=["token", "S_q", "route", "experts", "log p", "likeliest next"], interactive=False, wrap=True,
-            label="One row a token; · : the frozen model itself acts", max_height=420, elem_id="tokens",
-        )  # fmt: skip
-        gr.Markdown(LIMITS)
-
-        shared = {"concurrency_id": "model", "concurrency_limit": 1}
-        job = start.click(
-            unlearn_job, [model, forget, upload, steps, rank, experts, limit, method],
-            [status, loss, numbers, run_path], **shared, api_visibility="private",
-        )  # fmt: skip
-        job.then(choose_run, run_path, runs, api_visibility="private")
-        stop.click(ask_to_stop, None, status, api_visibility="private", queue=False)
-        asking = [runs, prompt], [before, after, status]
-        ask.click(compare_job, *asking, **shared, api_visibility="private")
-        prompt.submit(compare_job, *asking, **shared, api_visibility="private")
-        look.click(tokens_job, [runs, text], [tokens, status], **shared, api_visibility="private")
-        demo.load(choose_run, None, runs, queue=False, api_visibility="private")
-        demo.unload(forget_session)
+        tab = gr.Textbox("example", visible=False)  # a State never reaches the browser, where the address is
+        with gr.Tabs(selected="example") as tabs:
+            with gr.Tab("Example", id="example"):
+                begin = example_tab()
+            with gr.Tab("Unlearn", id="unlearn"):
+                name, finished = unlearn_tab()
+            with gr.Tab("Compare", id="compare"):
+                run, prompt, after = compare_tab()
+            with gr.Tab("Token X-ray", id="xray"):
+                xray_tab(run, prompt, after)
+            with gr.Tab("Word clouds", id="clouds"):
+                clouds_tab(run)
+            with gr.Tab("Router", id="router") as router:
+                router_tab(router, run)
+            with gr.Tab("Evidence", id="evidence") as evidence:
+                evidence_tab(evidence)
+            with gr.Tab("How it works, and its limits", id="how"):
+                gr.HTML((STATIC / "architecture.svg").read_text(encoding="utf-8"), elem_id="architecture")
+                gr.Markdown((STATIC / "how.md").read_text(encoding="utf-8"), latex_delimiters=LATEX)
+        begin.click(lambda: gr.Tabs(selected="unlearn"), None, tabs, **AT_ONCE)
+        finished.then(choose_run, name, run, **AT_ONCE)
+        gr.on([run.change, prompt.change], None, [run, tab, prompt], None, js=REMEMBER, **AT_ONCE)
+        tabs.select(selected_tab, None, tab, **AT_ONCE).then(None, [run, tab, prompt], None, js=REMEMBER, **AT_ONCE)
+        demo.load(restore, [run, prompt], [tabs, tab, run, prompt], **AT_ONCE)
+        demo.unload(jobs.forget_session)
     return demo
+
+
+LATEX = [{"left": "$$", "right": "$$", "display": True}, {"left": "$", "right": "$", "display": False}]
+
+
+def selected_tab(event: gr.SelectData) -> str:
+    return TABS[event.index] if isinstance(event.index, int) and 0 <= event.index < len(TABS) else TABS[0]
+
+
+def restore(run, prompt, request: gr.Request):
+    """What the address asks for, as far as it exists."""
+    asked = dict(request.query_params)
+    names = jobs.run_names()
+    tab = asked.get("tab") if asked.get("tab") in TABS else "example"
+    chosen = asked.get("run") if asked.get("run") in names else next(iter(names), None)
+    prompt = asked.get("prompt", prompt)[: jobs.MAX_PROMPT]
+    return gr.Tabs(selected=tab), tab, gr.Dropdown(names, value=chosen), prompt
+
+
+def choose_run(name: str) -> gr.Dropdown:
+    names = jobs.run_names()
+    return gr.Dropdown(names, value=name if name in names else next(iter(names), None))
+
+
+# ---------------------------------------------------------------------------------------------------------- the tabs
+
+
+def example_tab() -> gr.Button:
+    stored = jobs.read_example()
+    gr.Markdown(
+        "One small adapter on a frozen model. Every token is routed by how sure the model is: uncertain ones through a "
+        "shared matrix A, confident ones through one expert B; the forgetting experts act only where the topic is met."
+    )
+    with gr.Row(equal_height=True):
+        begin = gr.Button("Make a model forget, here and now", variant="primary", scale=1)
+        gr.Markdown(jobs.expected_time(), elem_id="expected")
+    if stored:
+        n = stored["numbers"]
+        gr.Markdown(
+            f"### {n['forgot']:.1%} forgotten · {n['kept']:.1%} of everyday answers kept · {n['neighbours']:.1%} of "
+            "neighbouring topics kept",
+            elem_id="numbers",
+        )
+        questions = [item["question"] for item in stored["items"]]
+        first = stored["items"][0]
+        chips = gr.Radio(questions, value=questions[0], label="The same question, before and after")
+        with gr.Row():
+            before = gr.Textbox(first["before"], label="Before", lines=3, interactive=False, elem_id="example-before")
+            after = gr.Textbox(first["after"], label="After", lines=3, interactive=False, elem_id="example-after")
+        tokens = xray(first["xray"], label="The first answer, token by token", elem_id="example-xray")
+        gr.Markdown(
+            f"Stored, not live: computed by this code on {stored['date']} on {stored['hardware']} ({stored['model']}, "
+            f"{stored['forget_set']}, {stored['steps']} steps, {stored['seconds']['unlearn']:.0f} s). "
+            "Percentages: probability of the answers to questions that were not trained on, after against before."
+        )
+        chips.change(
+            lambda q: next([i["before"], i["after"], i["xray"]] for i in stored["items"] if i["question"] == q),
+            chips, [before, after, tokens], **AT_ONCE,
+        )  # fmt: skip
+    else:
+        gr.Markdown("There is no stored example: `python -m alter_demo example runs/NAME` makes one from a run.")
+    return begin
+
+
+def unlearn_tab():
+    with gr.Row():
+        with gr.Column(scale=2):
+            model = gr.Dropdown(
+                list(MODELS), value=next(iter(MODELS)), label="Model", allow_custom_value=True,
+                info="built in, a folder on this machine, or a hub id",
+            )  # fmt: skip
+            forget = gr.Dropdown(list(FORGET_SETS), value="harry-potter", label="What it shall forget")
+            upload = gr.File(
+                label="or a file of yours: question,answer or text (.jsonl, .json, .csv)",
+                file_types=[".jsonl", ".json", ".csv"], height=160,
+            )  # fmt: skip
+            method = gr.Dropdown(
+                list(METHOD_NAMES), value="alter_selective", label="Method",
+                info="alter: as published; alter_selective: leaves the rest alone; the others are rivals",
+            )  # fmt: skip
+            with gr.Accordion("More settings", open=False):
+                steps = gr.Slider(1, 200, 120, step=1, label="Steps at most", info="it stops earlier by itself")
+                limit = gr.Slider(4, 100, 24, step=1, label="Questions per group to measure with")
+                rank = gr.Slider(1, 32, 8, step=1, label="Rank", info="of A and of every B")
+                experts = gr.Slider(0, 8, 0, step=1, label="Forgetting experts", info="0: found by clustering")
+                seed = gr.Number(0, precision=0, label="Seed", info="the same seed gives the same run")
+            with gr.Row():
+                start = gr.Button("Unlearn", variant="primary")
+                stop = gr.Button("Stop and keep")
+            status = gr.Markdown(jobs.expected_time(), elem_id="status")
+        with gr.Column(scale=3):
+            loss = gr.LinePlot(
+                None, x="step", y="value", color="part", height=280,
+                title="Loss by part, and the probe (what forgetting stops by)",
+            )  # fmt: skip
+            live = gr.Dataframe(
+                headers=LIVE_COLUMNS, interactive=False, wrap=True, label="Live answers, asked again every few steps",
+                elem_id="live",
+            )  # fmt: skip
+    numbers = gr.Dataframe(
+        headers=["group", "probability", "ROUGE-L", "like the untouched model's"], interactive=False,
+        label="Before → after", elem_id="numbers-table",
+    )  # fmt: skip
+    answers = gr.Dataframe(
+        headers=["group", "question", "before", "after"], interactive=False, wrap=True, max_height=420,
+        label="Answers before and after",
+    )  # fmt: skip
+    saved = gr.File(label="Adapter and record as a zip, metrics as JSON", visible=False, elem_id="saved")
+    name = gr.State("")
+    started = start.click(
+        jobs.unlearn_job, [model, forget, upload, method, steps, rank, experts, limit, seed],
+        [status, loss, live, numbers, answers, saved, name], **ONE_JOB,
+    )  # fmt: skip
+    stop.click(jobs.ask_to_stop, None, status, **AT_ONCE)
+    return name, started
+
+
+def compare_tab():
+    with gr.Row():
+        left = gr.Dropdown([UNTOUCHED, *jobs.run_names()], value=UNTOUCHED, label="Left")
+        run = gr.Dropdown(jobs.run_names(), value=next(iter(jobs.run_names()), None), label="Run (right)")
+        route = gr.Dropdown(ROUTES, value=ROUTES[0], label="Which experts act on the right")
+    with gr.Row():
+        prompt = gr.Textbox(
+            "What is the name of Harry Potter's school?", label="Question", scale=4, max_length=jobs.MAX_PROMPT
+        )
+        ask = gr.Button("Ask both", variant="primary", scale=1)
+    with gr.Accordion("Sampling", open=False):
+        sampled = gr.Checkbox(False, label="Sample, both sides with the same noise (otherwise greedy)")
+        temperature = gr.Slider(0.1, 2.0, 1.0, step=0.1, label="Temperature")
+        seed = gr.Number(0, precision=0, label="Seed of the sampling")
+        length = gr.Slider(8, 256, 64, step=8, label="Tokens at most")
+    colours = {"differs": "#b45309"}
+    with gr.Row():
+        before = gr.HighlightedText(label="Left", color_map=colours, show_legend=False, elem_id="before")
+        after = gr.HighlightedText(label="Right", color_map=colours, show_legend=False, elem_id="after")
+    status = gr.Markdown("", elem_id="compare-status")
+    gr.Examples(
+        ["What is the name of Harry Potter's red-haired best friend?", "Who wrote The Hobbit?",
+         "What is the capital of France?", "Which train takes students to Hogwarts?"],
+        prompt, cache_examples=False, run_on_click=False,
+    )  # fmt: skip
+    given = [left, run, route, prompt, sampled, temperature, seed, length]
+    gr.on([ask.click, prompt.submit], jobs.compare_job, given, [before, after, status], **ONE_JOB)
+    run.change(lambda: gr.Dropdown([UNTOUCHED, *jobs.run_names()]), None, left, **AT_ONCE)
+    return run, prompt, after
+
+
+def xray_tab(run, prompt, after) -> None:
+    gr.Markdown("Which tokens go through A (uncertain) and which through B (confident), in the run chosen in Compare.")
+    with gr.Row():
+        text = gr.Textbox(
+            "Harry Potter took the Hogwarts Express with Ron Weasley. However, Paris is the capital of France.",
+            label="Text", lines=2, scale=4, max_length=jobs.MAX_TEXT,
+        )  # fmt: skip
+        question = gr.Textbox("", label="as the answer to (optional)", scale=2, max_length=jobs.MAX_PROMPT)
+    with gr.Row():
+        look = gr.Button("Show tokens", variant="primary")
+        take = gr.Button("Take the right answer of Compare")
+        save = gr.Button("Save as one HTML file")
+    status = gr.Markdown("", elem_id="xray-status")
+    tokens = xray({}, elem_id="tokens")
+    saved = gr.File(label="The saved X-ray", interactive=False, visible=False)
+    look.click(jobs.xray_job, [run, text, question], [tokens, status], **ONE_JOB)
+    take.click(
+        lambda pieces, asked: ("".join(p["token"] for p in pieces or []).strip(), asked), [after, prompt],
+        [text, question], **AT_ONCE,
+    )  # fmt: skip
+    save.click(jobs.xray_file, tokens, [saved, status], **AT_ONCE)
+
+
+def clouds_tab(run) -> None:
+    gr.Markdown("Whole words by the way that they took, in the run chosen in Compare: A against B_r and each B_f.")
+    with gr.Row():
+        source = gr.Radio(["forget set", "retain set", "my text"], value="forget set", label="Words of")
+        text = gr.Textbox("", label="My text", lines=2, scale=2, max_length=jobs.MAX_TEXT)
+        draw = gr.Button("Draw the clouds", variant="primary")
+    status = gr.Markdown("", elem_id="clouds-status")
+    threshold = gr.Slider(0.01, 3.0, 1.2, step=0.01, label="Threshold of S_q: above it a word is uncertain")
+    histogram = gr.Plot(label="How many words have which S_q")
+    gallery = gr.Gallery(label="Word clouds", columns=3, object_fit="contain", height=760, elem_id="clouds")
+    table = gr.Dataframe(
+        headers=["way", "word", "times"], interactive=False, label="The same, sorted", max_height=360,
+        elem_id="cloud-words",
+    )  # fmt: skip
+    found = gr.State(None)
+    views = [gallery, table, histogram]
+    drawn = draw.click(jobs.clouds_job, [run, source, text], [found, status], **ONE_JOB)
+    drawn = drawn.then(lambda d: d["threshold"] if d else gr.skip(), found, threshold, **AT_ONCE)
+    drawn.then(jobs.clouds_view, [found, threshold], views, **AT_ONCE)
+    threshold.release(jobs.clouds_view, [found, threshold], views, **AT_ONCE)
+
+
+def router_tab(router, run) -> None:
+    status = gr.Markdown("", elem_id="router-status")
+    with gr.Row():
+        flow = gr.Plot(label="Sub-domains to experts, answer tokens")
+        share = gr.Plot(label="Where the tokens of each set go")
+    with gr.Row():
+        domains = gr.Plot(label="Sub-domains, as the router sees the questions")
+        nearest = gr.Dataframe(
+            headers=["sub-domain", "questions nearest to its centre"], interactive=False, wrap=True, max_height=420,
+            label="Nearest questions",
+        )  # fmt: skip
+    with gr.Row():
+        text = gr.Textbox(
+            "Harry Potter goes to school at Hogwarts. However, Paris is the capital of France.", label="Text", scale=4,
+            max_length=2000,
+        )  # fmt: skip
+        look = gr.Button("Tokens by experts", variant="primary")
+    heat = gr.Plot(label="Tokens by experts")
+    view = jobs.router_view, run, [flow, domains, share, nearest, status]
+    router.select(*view, **AT_ONCE)
+    run.change(*view, **AT_ONCE)
+    look.click(jobs.heat_job, [run, text], [heat, status], **ONE_JOB)
+
+
+def evidence_tab(evidence) -> None:
+    gr.Markdown(
+        "From the results files in `assets/results/`, which only the commands write; each row names its command. "
+        "A star is the model that never saw the forget set."
+    )
+    status = gr.Markdown("")
+    file = gr.Dropdown([], label="Results file")
+    table = gr.Dataframe(interactive=False, wrap=True, label="Medians over the seeds")
+    with gr.Row():
+        first, second = gr.Plot(label="Utility against forgetting, or over the rounds"), gr.Plot(label="Cost")
+    evidence.select(results_files, None, file, **AT_ONCE).then(
+        evidence_view, file, [table, first, second, status], **AT_ONCE
+    )
+    file.input(evidence_view, file, [table, first, second, status], **AT_ONCE)
+
+
+def results_files() -> gr.Dropdown:
+    from .figures import RESULTS
+
+    names = sorted(p.stem for p in RESULTS.glob("*.json"))
+    return gr.Dropdown(names, value=next(iter(names), None))
+
+
+def evidence_view(name):
+    """(table, figure, figure, status) of one results file."""
+    from . import charts, figures
+    from .grid import read_results
+
+    if not name or name not in {p.stem for p in figures.RESULTS.glob("*.json")}:
+        return None, None, None, "There are no results here yet: `python -m alter_demo tofu` makes some."
+    try:
+        results = read_results(figures.RESULTS / f"{name}.json")
+        forget = results["runs"][0]["config"]["forget"]
+        command = f"`python -m alter_demo tofu --forget {forget} --results assets/results/{name}.json`"
+        if any("/" in run["method"] for run in results["runs"]):
+            table = figures.by_round(results).reset_index().round(4)
+            return table, charts.look(figures.sequential(results)), None, command
+        table = figures.medians(results).reset_index().round(4)
+        return table, charts.look(figures.tradeoff(results)), charts.look(figures.cost(results)), command
+    except (UserError, IndexError, KeyError) as error:
+        return None, None, None, jobs.sentence(error)
+
+
+# ------------------------------------------------------------------------------------------------------------ launch
 
 
 def launch(demo: gr.Blocks, **kwargs):
@@ -128,174 +353,9 @@ def launch(demo: gr.Blocks, **kwargs):
     theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"]).set(
         button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800"
     )
-    demo.queue(max_size=8)
+    demo.queue(max_size=WAITING)
     options = {"ssr_mode": False, "show_error": False, "max_file_size": "50mb", "share": False, "theme": theme}
+    css = "\n".join((STATIC / name).read_text(encoding="utf-8") for name in ("page.css", "xray.css"))
+    options |= {"css": css, "js": MEND, "run_history": False}
     options["server_name"] = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
     return demo.launch(**options | kwargs)
-
-
-def expected_time() -> str:
-    """One line on the device and on the last run here, without importing torch."""
-    gpu = any(Path("/dev").glob("nvidia[0-9]*"))
-    where = "on the GPU" if gpu else "on the CPU: no GPU was found"
-    last = "A run takes minutes on a few CPU cores (README: Measured)"
-    for name in run_names()[:1]:
-        try:
-            seconds = json.loads((RUNS / name / "metrics.json").read_text(encoding="utf-8"))["seconds"]
-            last = f"The last run here took {seconds['unlearn']:.0f} s, and {seconds['evaluate']:.0f} s of measuring"
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # a damaged run must not keep the page from opening
-    return f"Runs {where}. {last}. The first use fetches the model (93 MB), once."
-
-
-def run_names() -> list[str]:
-    """Runs in the folder, newest first."""
-    found = sorted(RUNS.glob("*/metrics.json"), key=lambda p: -p.stat().st_mtime)
-    return [p.parent.name for p in found]
-
-
-def choose_run(path: str = "") -> gr.Dropdown:
-    names = run_names()
-    return gr.Dropdown(names, value=Path(path).name if path else next(iter(names), None))
-
-
-# ---------------------------------------------------------------------------------------------------------- jobs
-
-
-def unlearn_job(model, forget, upload, steps, rank, experts, limit, method, request: gr.Request):
-    """Generator of (status, loss, numbers, run path); the work is done in a thread."""
-    stop = STOP[request.session_hash] = threading.Event()
-    updates: queue.Queue = queue.Queue()
-    result: dict = {}
-
-    def work():
-        try:
-            with JOB:
-                from .runs import UnlearnConfig, unlearn
-                from .training import train_config
-
-                LOADED.clear()  # frees the last run's model
-                result["run"] = run = unlearn(
-                    model, str(upload) if upload else forget,
-                    UnlearnConfig(method=method, n_experts=int(experts) or None, r=int(rank), limit=int(limit)),
-                    train_config(method, max_steps=int(steps)), folder=RUNS, should_stop=stop.is_set,
-                    on_step=lambda e, n: updates.put(("step", e, n)),
-                    on_stage=lambda w, s: updates.put(("stage", w, s)),
-                )  # fmt: skip
-                LOADED[str(run.path)] = run
-        except UserError as error:
-            result["error"] = str(error)
-        except Exception as error:  # the page must say something, the terminal shows the rest
-            result["error"] = f"Something went wrong ({type(error).__name__}); the terminal says more."
-            raise
-
-    if JOB.locked():
-        yield BUSY, gr.skip(), gr.skip(), gr.skip()
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    rows, line, started = [], "Loading the model.", time.monotonic()
-    while thread.is_alive() or not updates.empty():
-        thread.join(TICK)
-        while not updates.empty():
-            kind, what, of = updates.get()
-            if kind == "stage":
-                line = f"{what[:1].upper()}{what[1:]}: {of:.0%}."
-            else:
-                parts = {k: what[k] for k in ("forget", "retain", "refusal", "structure", "probe") if k in what}
-                rows += [{"step": what["step"], "value": v, "part": k} for k, v in parts.items()]
-                left = (of - what["step"]) * what["seconds"] / what["step"]
-                line = f"Step {what['step']} of at most {of}, {left:.0f} s left at most."
-        if stop.is_set():
-            line += " Stopping after this step."
-        seconds = time.monotonic() - started
-        yield f"{line} ({seconds:.0f} s)", loss_frame(rows), gr.skip(), gr.skip()
-    if "error" in result:
-        yield plain(result["error"]), gr.skip(), gr.skip(), ""
-        return
-    run = result["run"]
-    m = run.metrics
-    yield (
-        f"Done: {m['steps']} steps in {m['seconds']['unlearn']} s, {m['stopped']}, on {m['hardware']}. "
-        f"The run lies in {plain(str(run.path))}.",
-        loss_frame(rows), number_rows(m), str(run.path),
-    )  # fmt: skip
-
-
-def loss_frame(rows: list[dict]) -> pd.DataFrame | None:
-    # nothing rather than an empty frame: the plot would fix its types and colours from that, and never draw a line
-    return pd.DataFrame(rows, columns=LOSS_COLUMNS) if rows else None
-
-
-def number_rows(metrics: dict) -> list[list[str]]:
-    rows = []
-    for group, b in metrics["before"].items():
-        if "rouge_l" in b:  # not the summary, and not what was never taught
-            a = metrics["after"][group]
-            pair = [f"{b[k]:.3g} → {a[k]:.3g}" for k in ("probability", "rouge_l", "rouge_l_to_base")]
-            rows.append([group.replace("_", " "), *pair])
-    return rows
-
-
-def plain(text: str) -> str:
-    """Text for a Markdown component, without any markup taking effect."""
-    return "".join(f"&#{ord(c)};" if not (c.isalnum() or c in " .,:;()'/") else c for c in text)
-
-
-def ask_to_stop(request: gr.Request):
-    if event := STOP.get(request.session_hash):
-        event.set()
-        return "Stopping after this step; what was learned is kept."
-    return "Nothing of yours is running."
-
-
-def forget_session(request: gr.Request) -> None:
-    if event := STOP.pop(request.session_hash, None):
-        event.set()
-
-
-def get_run(name: str | None):
-    """The run of that name, from memory or from the run folder only."""
-    from .runs import NAME, load_run
-
-    if not name:
-        raise UserError("There is no run yet: press Unlearn first.")
-    if not NAME.fullmatch(name) or ".." in name:
-        raise UserError("That is not the name of a run.")
-    path = str(RUNS / name)
-    if path not in LOADED:
-        LOADED.clear()
-        LOADED[path] = load_run(path)
-    return LOADED[path]
-
-
-def compare_job(name, prompt):
-    if not prompt.strip():
-        yield "", "", "There is no question to ask."
-        return
-    yield "", "", "Loading the model and asking it."
-    try:
-        with JOB:
-            run = get_run(name)
-            before = run.answer([prompt], adapted=False)[0]
-            yield before, "", "Asking the adapted model."
-            after = run.answer([prompt])[0]
-    except UserError as error:
-        yield "", "", plain(str(error))
-        return
-    yield before, after, "The same answer, word for word." if before == after else "The answers differ."
-
-
-def tokens_job(name, text):
-    try:
-        with JOB:
-            records = get_run(name).tokens(text)
-    except UserError as error:
-        return [], plain(str(error))
-    rows = []
-    for r in records:
-        weights = " ".join(f"{'B_r' if d == 0 else f'B_f{d}'} {w:.2f}" for d, w in enumerate(r.weights) if w)
-        nexts = "  ".join(f"{t!r} {p:.2f}" for t, p in r.top[:3])
-        log_p = "" if r.log_prob is None else f"{r.log_prob:.2f}"
-        rows.append([repr(r.token)[1:-1], f"{r.entropy:.3f}", r.route, weights or "·", log_p, nexts])
-    share = sum(r.route == "A" for r in records) / len(records)
-    return rows, f"{len(records)} tokens, {share:.0%} of them uncertain (route A)."

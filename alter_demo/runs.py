@@ -28,7 +28,7 @@ from .data import ForgetSet, Item, Sample, adapters, load_forget_set, read_set, 
 from .entropy import PUBLISHED_THRESHOLD, entropy_range, resolve_threshold
 from .errors import UserError
 from .methods import Method, get_method
-from .models import LM, check_adapter, load_model, need_disk, peak_mb, quiet, reset_peak
+from .models import LM, RUN_NAME, check_adapter, load_model, need_disk, peak_mb, quiet, reset_peak
 from .routing import chosen, route
 from .subdomains import discover, domain_map, fit_gate, sample_features
 from .tokens import TokenRecord, token_records
@@ -47,7 +47,6 @@ from .training import (
 )
 
 RUNS = Path("runs")
-NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "scikit-learn")
 PROBE_ITEMS = 12
 NEVER_ITEMS = 24
@@ -618,7 +617,7 @@ def run_folder(folder: Path, name: str | None, model, forget_set) -> Path:
     if name is None:
         name = re.sub(r"[^A-Za-z0-9.-]+", "-", f"{Path(str(label(model))).name}-{Path(str(label(forget_set))).stem}")
         name = f"{name}-{time.strftime('%m%d-%H%M%S')}".lstrip(".-")
-    if not NAME.fullmatch(name) or ".." in name:
+    if not RUN_NAME.fullmatch(name) or ".." in name:
         raise UserError(f"A run's name has letters, digits, dots and dashes (80 at most), unlike {name!r}.")
     if (Path(folder) / name).exists():
         raise UserError(f"The run {name!r} exists already: choose another name, or remove {Path(folder) / name}.")

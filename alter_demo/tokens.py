@@ -30,7 +30,7 @@ class TokenRecord:
 
     token: str  # the whole character where it is only a part of one
     id: int
-    special: bool  # of the chat template, not of the text
+    special: bool  # a mark or a word of the chat template, not of the question and the answer
     start: int  # span of the token in the text, characters; in a chat: in the whole rendered conversation
     end: int
     entropy: float  # S_q of the frozen model's prediction after this token, q of the adapter
@@ -69,7 +69,7 @@ def token_records(run, text: str, question: str | None = None, top: int = TOP_K)
     entropy = plan.entropy[0] if plan else tsallis_entropy(before, q)
     facts = compared(before, after, batch[0], top)
     experts = chosen(plan.weights[0], config).tolist() if plan else [0] * len(ids)
-    special = set(lm.tokenizer.all_special_ids)
+    marks, own = set(lm.tokenizer.all_special_ids), text_spans(whole, text, question)
     decode = lm.tokenizer.decode
     records = []
     for t, token in enumerate(ids):
@@ -79,7 +79,7 @@ def token_records(run, text: str, question: str | None = None, top: int = TOP_K)
             TokenRecord(
                 token=whole[slice(*spans[t])] if "\ufffd" in decode([token]) else decode([token]),
                 id=token,
-                special=token in special,
+                special=token in marks or not any(a <= spans[t][0] and spans[t][1] <= b for a, b in own),
                 start=spans[t][0],
                 end=spans[t][1],
                 entropy=entropy[t].item(),
@@ -95,6 +95,14 @@ def token_records(run, text: str, question: str | None = None, top: int = TOP_K)
             )
         )
     return records
+
+
+def text_spans(whole: str, text: str, question: str | None) -> list[tuple[int, int]]:
+    """Where in `whole` a person's question and answer stand; all else is the chat template's."""
+    if question is None:
+        return [(0, len(whole))]
+    asked = whole.rfind(question, 0, len(whole) - len(text))
+    return [(asked, asked + len(question)), (len(whole) - len(text), len(whole))]
 
 
 def tokenized(tokenizer, text: str, question: str | None) -> tuple[list[int], list[tuple[int, int]], str]:

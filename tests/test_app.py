@@ -1,5 +1,6 @@
 """The page in a real headless browser, on the tiny model: unlearn, stop, compare, tokens, hostile text, bad file."""
 
+import json
 import os
 import re
 import shutil
@@ -11,7 +12,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect, sync_playwright
+
+from alter_demo.data import EXAMPLE
 
 ROOT = Path(__file__).parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -60,13 +64,14 @@ def page(browser, server):
     outside, own = [], (server[0], "data:", "blob:")
     page.on("request", lambda r: None if r.url.startswith(own) else outside.append(r.url))
     page.goto(server[0])
-    expect(page.get_by_role("button", name="Unlearn")).to_be_visible(timeout=30_000)
+    expect(page.get_by_role("button", name="Make a model forget")).to_be_visible(timeout=30_000)
     yield page
     assert outside == []
     page.close()
 
 
 def choose_model(page, tiny):
+    go(page, "Unlearn")
     box = page.get_by_label("Model", exact=True)
     box.fill(str(tiny))
     box.press("Enter")
@@ -79,7 +84,7 @@ def start(page, tiny, file, steps):
     page.get_by_role("button", name="More settings").click()
     set_slider(page, "Steps at most", steps)
     set_slider(page, "Questions per group to measure with", 4)
-    page.get_by_role("button", name="Unlearn").click()
+    page.get_by_role("button", name="Unlearn", exact=True).click()
 
 
 def set_slider(page, label, value):
@@ -99,32 +104,89 @@ def status(page):
     return page.locator("#status")
 
 
-def test_a_whole_run_then_compare_and_tokens(page, server, tiny, own_data):
-    start(page, tiny, own_data[0], steps=6)
-    expect(status(page)).to_contain_text("Done: 6 steps", timeout=240_000)
-    assert re.search(r"forget held out", page.locator(".table-wrap").first.inner_text())
+def go(page, name):
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def make_run(page, tiny, file, steps=6):
+    """A finished run, the page on Unlearn."""
+    start(page, tiny, file, steps)
+    expect(status(page)).to_contain_text("Done:", timeout=240_000)
+
+
+def test_the_first_screen_is_a_finished_example(page):
+    stored = json.loads(EXAMPLE.read_text())
+    expect(page.locator("#numbers")).to_contain_text(f"{stored['numbers']['forgot']:.1%} forgotten")
+    last = stored["items"][-1]
+    page.get_by_text(last["question"], exact=True).click()
+    expect(page.locator("#example-after textarea")).to_have_value(last["after"])
+    expect(page.locator("#example-xray .xray-token")).to_have_count(len(last["xray"]["tokens"]))
+    page.get_by_role("button", name="Make a model forget").click()
+    expect(page.get_by_role("button", name="Unlearn", exact=True)).to_be_visible()
+
+
+def test_a_whole_run_then_every_tab(page, server, tiny, own_data):
+    make_run(page, tiny, own_data[0])
+    assert re.search(r"forget held out", page.locator("#numbers-table").inner_text())
+    assert "What colour has the door" in page.locator("#live").inner_text()
     assert page.locator("svg .plot_marks path").count() >= 4  # a line for each part of the loss, and the probe
     (run,) = [p for p in (server[1] / "runs").iterdir() if p.is_dir()]
     assert (run / "metrics.json").is_file()
+    with page.expect_download() as download:
+        page.locator("#saved").get_by_role("link").first.click()
+    assert download.value.suggested_filename == f"{run.name}.zip"
 
-    page.get_by_label("Question", exact=True).fill("What colour has the door of house 3?")
-    page.get_by_role("button", name="Ask both").click()
-    expect(status(page)).to_contain_text("answer", timeout=120_000)
-    assert page.locator("#before textarea").input_value()
-
-    page.get_by_label("Text", exact=True).fill("Hello " + HOSTILE)
-    page.get_by_role("button", name="Show tokens").click()
-    expect(status(page)).to_contain_text("of them uncertain", timeout=60_000)
-    expect(
-        page.locator("#tokens")
-        .get_by_role("gridcell", name="A", exact=True)
-        .or_(page.locator("#tokens").get_by_role("gridcell", name="B", exact=True))
-        .first
-    ).to_be_visible()
+    go(page, "Compare")
+    for route in ("as trained", "all off"):
+        page.get_by_label("Which experts act on the right").click()
+        page.get_by_role("option", name=route, exact=True).click()
+        page.get_by_label("Question", exact=True).fill("What colour has the door of house 3?")
+        page.get_by_role("button", name="Ask both").click()
+        expect(page.locator("#compare-status")).to_contain_text(" s)", timeout=120_000)
+    expect(page.locator("#compare-status")).to_contain_text("The same answer")  # all off is the untouched model
     page.get_by_label("Question", exact=True).fill(HOSTILE)
     page.get_by_role("button", name="Ask both").click()
-    expect(status(page)).to_contain_text("answer", timeout=120_000)
+    expect(page.locator("#compare-status")).to_contain_text("answer", timeout=120_000)
+
+    go(page, "Token X-ray")
+    page.get_by_label("Text", exact=True).first.fill("Hello " + HOSTILE)
+    page.get_by_role("button", name="Show tokens").click()
+    tokens = page.locator("#tokens .xray-token")
+    expect(tokens.first).to_be_visible(timeout=60_000)
+    shown = "".join(tokens.all_inner_texts()).replace("·", " ")
+    assert "<img src=x onerror=" in shown and "${7*7} {{7}}" in shown
+    tokens.nth(2).hover()
+    expect(page.locator("#tokens .xray-detail")).to_contain_text("S_q")
+    tokens.nth(0).focus()
+    page.keyboard.press("ArrowRight")
+    expect(tokens.nth(1)).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#tokens .xray-chart")).to_have_count(3)
+    before = [t.get_attribute("style") for t in tokens.all()]
+    page.locator("#tokens .xray-by").select_option("entropy")
+    assert [t.get_attribute("style") for t in tokens.all()] != before
+    page.locator("#tokens .xray-threshold").fill("0")
+    expect(page.locator("#tokens .xray-share")).to_contain_text("0 through B")
+    assert float(page.locator("#tokens .xray-root").get_attribute("data-recolour-ms")) < 100
+    page.get_by_role("button", name="Save as one HTML file").click()
+    expect(page.locator("#xray-status")).to_contain_text("Saved", timeout=30_000)
+
+    go(page, "Word clouds")
+    page.get_by_role("button", name="Draw the clouds").click()
+    expect(page.locator("#clouds-status")).to_contain_text("words of", timeout=120_000)
+    expect(page.locator("#clouds img").first).to_be_visible(timeout=60_000)
+    expect(page.locator("#cloud-words")).to_contain_text("What")
+
+    go(page, "Router")
+    expect(page.locator("#router-status")).to_contain_text("own record", timeout=60_000)
+    page.get_by_role("button", name="Tokens by experts").click()
+    expect(page.locator("#router-status")).to_contain_text("Drawn", timeout=60_000)
+    assert page.locator(".js-plotly-plot:visible").count() == 4
     assert page.evaluate("window.hacked") is None
+
+    page.goto(f"{server[0]}/?run={run.name}&tab=compare&prompt=Who%3F")
+    expect(page.get_by_label("Question", exact=True)).to_have_value("Who?", timeout=30_000)
+    expect(page.get_by_label("Run (right)")).to_have_value(run.name)
 
 
 def test_stop_keeps_the_run(page, server, tiny, own_data):
@@ -136,6 +198,23 @@ def test_stop_keeps_the_run(page, server, tiny, own_data):
     assert len(set((server[1] / "runs").glob("*/metrics.json")) - before) == 1
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_serious_accessibility_fault_on_any_tab(browser, server, scheme):
+    page = browser.new_page(viewport={"width": 1280, "height": 1000}, color_scheme=scheme)
+    page.goto(f"{server[0]}/?__theme={scheme}")
+    expect(page.get_by_role("button", name="Make a model forget")).to_be_visible(timeout=30_000)
+    faults = []
+    for tab in page.get_by_role("tab").all():
+        tab.click()
+        page.wait_for_timeout(700)
+        for violation in Axe().run(page).response["violations"]:
+            if violation["impact"] in ("serious", "critical"):
+                nodes = [n["html"][:200] for n in violation["nodes"]][:3]
+                faults.append((tab.inner_text(), violation["id"], nodes))
+    page.close()
+    assert not faults, "\n".join(map(str, faults))
+
+
 @pytest.mark.parametrize(
     "content, sentence",
     [("prompt,reply\na,b\n", "missing"), ("", "no examples"), ("question,answer\na,b,c\n", "line 2")],
@@ -144,15 +223,16 @@ def test_a_bad_file_gets_one_sentence(page, tiny, tmp_path, content, sentence):
     choose_model(page, tiny)
     (tmp_path / "<b>bad.csv").write_text(content)
     page.locator("input[type=file]").first.set_input_files(tmp_path / "<b>bad.csv")
-    page.get_by_role("button", name="Unlearn").click()
+    page.get_by_role("button", name="Unlearn", exact=True).click()
     expect(status(page)).to_contain_text(sentence, timeout=60_000)
     expect(status(page)).not_to_contain_text("Traceback")
 
 
 def test_unknown_model_and_no_question(page):
     choose_model(page, "../../etc")
-    page.get_by_role("button", name="Unlearn").click()
+    page.get_by_role("button", name="Unlearn", exact=True).click()
     expect(status(page)).to_contain_text("There is no model", timeout=60_000)
+    go(page, "Compare")
     page.get_by_label("Question", exact=True).fill("   ")
     page.get_by_role("button", name="Ask both").click()
-    expect(status(page)).to_contain_text("no question", timeout=30_000)
+    expect(page.locator("#compare-status")).to_contain_text("no question", timeout=30_000)

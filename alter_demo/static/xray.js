@@ -6,6 +6,9 @@ function drawXray(root, data) {
   const CIVIDIS = ["#00204d", "#00336f", "#39486b", "#575c6d", "#707173", "#8a8779", "#a69d75", "#c4b56c", "#e4cf5b", "#ffea46"];
   const EXPERTS = ["#d9d9d9", "#56b4e9", "#e69f00", "#009e73", "#f0e442", "#cc79a7", "#0072b2", "#d55e00", "#999933"];
   const ROUTES = {A: "#e69f00", B: "#56b4e9"};
+  root.replaceChildren();
+  root.classList.add("xray");
+  if (!data.tokens || !data.tokens.length) return;
   const state = {by: "route", q: Math.max(0, data.qs.indexOf(data.q)), threshold: data.threshold, chosen: -1};
   const make = (tag, parent, text, attributes) => {
     const node = document.createElement(tag);
@@ -26,12 +29,6 @@ function drawXray(root, data) {
   const largest = (f) => data.tokens.reduce((most, token) => Math.max(most, f(token)), 1e-6);
   const shown = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "·");
 
-  root.replaceChildren();
-  root.classList.add("xray");
-  if (!data.tokens || !data.tokens.length) {
-    make("p", root, "Nothing to show yet.");
-    return;
-  }
   const controls = make("div", root, null, {class: "xray-controls"});
   const byLabel = make("label", controls, "Colour by ");
   const by = make("select", byLabel, null, {class: "xray-by"});

@@ -1,0 +1,410 @@
+"""What the page's buttons do. One job at a time, whoever started it; a closed tab gives its job up at once.
+
+Torch and transformers are imported by the first job, not before the page is up.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import queue
+import shutil
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import gradio as gr
+import pandas as pd
+
+from .data import EXAMPLE
+from .errors import Interrupted, UserError
+from .models import INTERRUPT, RUN_NAME
+
+RUNS = Path("runs")
+JOB = threading.Lock()  # held while a model trains or answers
+STOP: dict[str, threading.Event] = {}  # session -> asked to stop and keep
+OWNER: list[str] = []  # session whose job is running
+LOADED: dict[str, object] = {}  # runs in memory by path, two at most
+TICK = 0.5  # seconds between two updates of the page
+LOSS_COLUMNS = ["step", "value", "part"]
+LIVE_COLUMNS = ["set", "question", "at the start", "now"]
+MAX_PROMPT, MAX_TEXT = 4000, 20_000
+UNTOUCHED = "the untouched model"
+ROUTES = ["as trained", "all off", "only B_r", *(f"only B_f{d}" for d in range(1, 9))]
+CLOUD_ITEMS = 30  # questions of a set that a cloud is drawn from
+
+
+@contextmanager
+def job(request: gr.Request | None):
+    """Holds the machine. The session may leave meanwhile: `forget_session`."""
+    session = getattr(request, "session_hash", None) or ""
+    with JOB:
+        INTERRUPT.clear()
+        OWNER[:] = [session]
+        try:
+            yield
+        finally:
+            OWNER.clear()
+            INTERRUPT.clear()
+
+
+def plain(text: str) -> str:
+    """Text for a Markdown component, without any markup taking effect."""
+    return "".join(f"&#{ord(c)};" if not (c.isalnum() or c in " .,:;()'/") else c for c in text)
+
+
+def sentence(error: Exception) -> str:
+    """What a person reads of an error; the terminal shows the rest."""
+    if isinstance(error, UserError):
+        return plain(str(error))
+    if isinstance(error, Interrupted):
+        return "Given up: the tab was closed."
+    import traceback
+
+    traceback.print_exception(error)
+    return f"Something went wrong ({type(error).__name__}); the terminal says more."
+
+
+def ask_to_stop(request: gr.Request) -> str:
+    if event := STOP.get(request.session_hash):
+        event.set()
+        return "Stopping after this step; what was learned is kept."
+    return "Nothing of yours is running."
+
+
+def forget_session(request: gr.Request) -> None:
+    """The tab was closed."""
+    if event := STOP.pop(request.session_hash, None):
+        event.set()
+    if request.session_hash in OWNER:
+        INTERRUPT.set()
+
+
+# ------------------------------------------------------------------------------------------------------- the runs
+
+
+def run_names() -> list[str]:
+    """Runs in the folder, newest first."""
+    found = sorted(RUNS.glob("*/metrics.json"), key=lambda p: -p.stat().st_mtime)
+    return [p.parent.name for p in found]
+
+
+def run_metrics(name: str) -> dict:
+    """metrics.json of a run. Raises UserError for a bad name and a damaged file."""
+    path = run_path(name) / "metrics.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{path} is missing or damaged: make the run again.") from None
+
+
+def run_path(name: str | None) -> Path:
+    if not name:
+        raise UserError("There is no run yet: press Unlearn first.")
+    if not RUN_NAME.fullmatch(name) or ".." in name:
+        raise UserError("That is not the name of a run.")
+    return RUNS / name
+
+
+def get_run(name: str | None):
+    """The run of that name, from memory or from the run folder only."""
+    path = run_path(name)
+    if str(path) not in LOADED:
+        from .runs import load_run
+
+        while len(LOADED) > 1:
+            LOADED.pop(next(iter(LOADED)))
+        LOADED[str(path)] = load_run(path)
+    return LOADED[str(path)]
+
+
+def expected_time() -> str:
+    """One line on the device and on how long a run takes, without importing torch."""
+    gpu = any(Path("/dev").glob("nvidia[0-9]*"))
+    where = "on the GPU" if gpu else "on the CPU: no GPU was found"
+    last = ""
+    for name in run_names()[:1]:
+        try:
+            seconds = run_metrics(name)["seconds"]
+            last = f"the last run here took {seconds['unlearn']:.0f} s, and {seconds['evaluate']:.0f} s of measuring"
+        except (UserError, KeyError, TypeError):
+            pass  # a damaged run must not keep the page from opening
+    if not last and (stored := read_example()):
+        last = f"Harry Potter took {stored['seconds']['unlearn']:.0f} s on {stored['hardware']}"
+    first = "" if run_names() else " The first use fetches the model (93 MB), once."
+    return f"Runs {where}; {last or 'a run takes minutes on a few cores'}.{first}"
+
+
+def read_example() -> dict | None:
+    """The stored example, None where the file is absent."""
+    return json.loads(EXAMPLE.read_text(encoding="utf-8")) if EXAMPLE.is_file() else None
+
+
+# -------------------------------------------------------------------------------------------------------- unlearn
+
+
+def unlearn_job(model, forget, upload, method, steps, rank, experts, limit, seed, request: gr.Request):
+    """Yields (status, loss, live answers, numbers, answers, files, run name); the work is done in a thread."""
+    stop = STOP[request.session_hash] = threading.Event()
+    updates: queue.Queue = queue.Queue()
+    result: dict = {}
+
+    def work():
+        try:
+            with job(request):
+                from .runs import UnlearnConfig, unlearn
+                from .training import train_config
+
+                LOADED.clear()  # frees the last run's model
+                run = unlearn(
+                    model, str(upload) if upload else forget,
+                    UnlearnConfig(method=method, n_experts=int(experts) or None, r=int(rank), limit=int(limit)),
+                    train_config(method, max_steps=int(steps), seed=int(seed)), folder=RUNS, should_stop=stop.is_set,
+                    on_step=lambda e, n: updates.put(("step", e, n)),
+                    on_stage=lambda w, s: updates.put(("stage", w, s)),
+                    on_answers=lambda step, answers: updates.put(("answers", step, answers)),
+                )  # fmt: skip
+                LOADED[str(run.path)] = run
+                result["path"], result["metrics"] = run.path, run.metrics
+        except Exception as error:
+            result["error"] = sentence(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    rows, live, first, line, started = [], [], {}, "Loading the model.", time.monotonic()
+    nothing = [gr.skip()] * 4
+    while thread.is_alive() or not updates.empty():
+        thread.join(TICK)
+        while not updates.empty():
+            kind, what, of = updates.get()
+            if kind == "stage":
+                line = f"{what[:1].upper()}{what[1:]}: {of:.0%}."
+            elif kind == "answers":
+                first = first or {q: a for _, q, a in of}
+                live = [[group, q, first[q], a] for group, q, a in of]
+            else:
+                parts = {k: what[k] for k in ("forget", "retain", "refusal", "structure", "probe") if k in what}
+                rows += [{"step": what["step"], "value": v, "part": k} for k, v in parts.items()]
+                left = (of - what["step"]) * what["seconds"] / what["step"]
+                line = f"Step {what['step']} of at most {of}, {left:.0f} s left at most."
+        if stop.is_set():
+            line += " Stopping after this step."
+        yield f"{line} ({time.monotonic() - started:.0f} s)", loss_frame(rows), live or gr.skip(), *nothing
+    STOP.pop(request.session_hash, None)
+    if "error" in result:
+        yield result["error"], gr.skip(), gr.skip(), *nothing
+        return
+    m, path = result["metrics"], result["path"]
+    done = (
+        f"Done: {m['steps']} steps in {m['seconds']['unlearn']} s, {plain(m['stopped'])}, on {plain(m['hardware'])}. "
+        f"The run lies in {plain(str(path))}."
+    )
+    answers = json.loads((path / "answers.json").read_text(encoding="utf-8"))
+    table = [[r["group"].replace("_", " "), r["question"], r["before"], r["after"]] for r in answers]
+    yield (
+        done,
+        loss_frame(rows),
+        live or gr.skip(),
+        number_rows(m),
+        table,
+        gr.File(packed(path), visible=True),
+        path.name,
+    )
+
+
+def packed(path: Path) -> list[str]:
+    """The run as a zip, and its metrics, for download."""
+    folder = Path(tempfile.mkdtemp(prefix="alter-"))
+    zipped = shutil.make_archive(str(folder / path.name), "zip", path)
+    record = shutil.copy(path / "metrics.json", folder / f"{path.name}.json")
+    return [zipped, str(record)]
+
+
+def loss_frame(rows: list[dict]) -> pd.DataFrame | None:
+    # nothing rather than an empty frame: the plot would fix its types and colours from that, and never draw a line
+    return pd.DataFrame(rows, columns=LOSS_COLUMNS) if rows else None
+
+
+def number_rows(metrics: dict) -> list[list[str]]:
+    rows = []
+    for group, b in metrics["before"].items():
+        if "rouge_l" in b:  # not the summary, and not what was never taught
+            a = metrics["after"][group]
+            pair = [f"{b[k]:.3g} → {a[k]:.3g}" for k in ("probability", "rouge_l", "rouge_l_to_base")]
+            rows.append([group.replace("_", " "), *pair])
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------- compare
+
+
+def compare_job(left, right, route, prompt, sampled, temperature, seed, length, request: gr.Request):
+    """Yields (left answer, right answer, status); answers are [(text, mark or None), ...]."""
+    if not prompt.strip():
+        yield [], [], "There is no question to ask."
+        return
+    yield [], [], "Loading the model and asking."
+    try:
+        with job(request):
+            from .answers import stream
+
+            runs = [get_run(right if left == UNTOUCHED else left), get_run(right)]
+            sides = [side_of(runs[0], adapted=left != UNTOUCHED), side_of(runs[1], route=route)]
+            heat = float(temperature) if sampled else 0.0
+            lms = [run.lm for run in runs]
+            started = seen = time.monotonic()
+            texts = ["", ""]
+            for texts in stream(lms, sides, prompt[:MAX_PROMPT], int(length), heat, int(seed)):
+                if time.monotonic() - seen > TICK:
+                    seen = time.monotonic()
+                    yield [(texts[0], None)], [(texts[1], None)], "Answering."
+    except Exception as error:
+        yield [], [], sentence(error)
+        return
+    said = "The same answer, word for word." if texts[0] == texts[1] else "The answers differ where they are marked."
+    yield *marked(*texts), f"{said} ({time.monotonic() - started:.1f} s)"
+
+
+def side_of(run, adapted: bool = True, route: str = ROUTES[0]):
+    """A function that gives the context in which `run` is asked. Raises UserError for a route that it has not."""
+    if not adapted:
+        return lambda: run.side(False)
+    force = {"all off": "off", "only B_r": "r"}.get(route)
+    if route.startswith("only B_f"):
+        force = int(route.removeprefix("only B_f"))
+        if force > run.router.config.n_experts:
+            raise UserError(f"This run has {run.router.config.n_experts} forgetting experts, so no {route[5:]}.")
+    if force is None:
+        return lambda: run.side(True)
+
+    @contextmanager
+    def forced():
+        with run.only(force):
+            yield run.model
+
+    if not run.routed:
+        raise UserError("This run's method has no router: only ALTER's routes can be forced.")
+    return forced
+
+
+def marked(left: str, right: str) -> tuple[list, list]:
+    """Both texts in pieces, (text, None) where they agree and (text, "differs") where not."""
+    a, b = left.split(" "), right.split(" ")
+    pieces = ([], [])
+    for tag, a1, a2, b1, b2 in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        for side, words in ((0, a[a1:a2]), (1, b[b1:b2])):
+            if words:
+                pieces[side].append((" ".join(words) + " ", None if tag == "equal" else "differs"))
+    return pieces
+
+
+# --------------------------------------------------------------------------------------------------------- tokens
+
+
+def xray_job(name, text, question, request: gr.Request):
+    """(X-ray data, status)."""
+    try:
+        with job(request):
+            from .xray import xray_data
+
+            run = get_run(name)
+            started = time.monotonic()
+            records = run.tokens(text[:MAX_TEXT], question.strip()[:MAX_PROMPT] or None)
+            data = xray_data(records, run.router.config if run.routed else None)
+    except Exception as error:
+        return gr.skip(), sentence(error)
+    return data, f"{len(records)} tokens in {time.monotonic() - started:.1f} s."
+
+
+def xray_file(data):
+    """The X-ray that is on the page as a file of its own."""
+    from .xray import xray_html
+
+    if not data or not data.get("tokens"):
+        return gr.skip(), "There is no X-ray to save yet: press Show tokens."
+    path = Path(tempfile.mkdtemp(prefix="alter-")) / "token-xray.html"
+    path.write_text(xray_html(data), encoding="utf-8")
+    return gr.File(str(path), visible=True), "Saved: one HTML file that needs nothing else."
+
+
+def heat_job(name, text, request: gr.Request):
+    """(heat map, status): the same text as tokens by experts."""
+    try:
+        with job(request):
+            from .charts import heat_map
+
+            run = get_run(name)
+            if not run.routed:
+                raise UserError("This run's method has no router: only ALTER's tokens take routes.")
+            return heat_map(run.tokens(text[:2000])), "Drawn."
+    except Exception as error:
+        return gr.skip(), sentence(error)
+
+
+def clouds_job(name, source, text, request: gr.Request):
+    """Yields ({"words": [(word, S_q, expert), ...], "threshold", "q"}, status)."""
+    yield gr.skip(), "Loading the model and reading."
+    try:
+        with job(request):
+            from .tokens import words
+
+            run = get_run(name)
+            pairs = [(text[:MAX_TEXT], None)] if source == "my text" else texts_of(run, source)
+            found, seen = [], time.monotonic()
+            for number, (answer, question) in enumerate(pairs, 1):
+                for word, entropy, group in words(run.tokens(answer, question)):
+                    found.append((word, round(entropy, 4), group[-1].expert))
+                if time.monotonic() - seen > TICK:
+                    seen = time.monotonic()
+                    yield gr.skip(), f"Read {number} of {len(pairs)}."
+            threshold, q = (run.router.config.threshold, run.router.config.q) if run.routed else (1.2, 1.5)
+    except Exception as error:
+        yield gr.skip(), sentence(error)
+        return
+    yield {"words": found, "threshold": round(threshold, 3), "q": q}, f"{len(found)} words of {len(pairs)} texts."
+
+
+def texts_of(run, source: str) -> list[tuple[str, str | None]]:
+    """(answer, question) of what the run measured of its forget set, or of what it was to keep."""
+    rows = json.loads((run.path / "answers.json").read_text(encoding="utf-8"))
+    forget = source == "forget set"
+    found = [(r["before"], r["question"]) for r in rows if r["group"].startswith("forget") == forget]
+    if not found:
+        raise UserError("This run measured no questions of that set: choose your own text.")
+    step = max(1, len(found) // CLOUD_ITEMS)
+    return found[::step][:CLOUD_ITEMS]
+
+
+def clouds_view(data, threshold):
+    """(gallery, table, histogram) of the words that `clouds_job` found, split at `threshold`."""
+    from .charts import WAYS, cloud, histogram, word_table
+    from .tokens import EXPERT_NAMES
+
+    if not data or not data["words"]:
+        return [], None, None
+    counts: dict[str, dict[str, int]] = {}
+    for word, entropy, expert in data["words"]:
+        own = counts.setdefault("A" if entropy > threshold else EXPERT_NAMES[expert], {})
+        own[word] = own.get(word, 0) + 1
+    images = [(image, caption(way)) for way in WAYS if (image := cloud(counts.get(way, {}), way)) is not None]
+    return images, word_table(counts).head(300), histogram([e for _, e, _ in data["words"]], threshold, data["q"])
+
+
+def caption(way: str) -> str:
+    return {"A": "A: uncertain", "B_r": "B_r: confident, retained"}.get(way, f"{way}: confident, to be forgotten")
+
+
+def router_view(name):
+    """(Sankey, map, shares, nearest questions, status) of a run, from its record: no model is asked."""
+    from .charts import domain_map, flows, shares
+
+    try:
+        routing = run_metrics(name).get("phase_one", {}).get("routing")
+        if not routing:
+            raise UserError("This run kept no routes: its method has no router, or it is older than this page.")
+        nearest = [[d, q] for d, questions in routing["map"]["nearest"].items() for q in questions]
+        return flows(routing), domain_map(routing), shares(routing), nearest, "From the run's own record."
+    except Exception as error:
+        return None, None, None, [], sentence(error)
