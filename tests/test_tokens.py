@@ -5,9 +5,12 @@ import torch
 from conftest import quick
 
 from alter_demo import UnlearnConfig, load_model, unlearn
+from alter_demo.answers import stream
 from alter_demo.entropy import tsallis_entropy
-from alter_demo.errors import UserError
+from alter_demo.errors import Interrupted, UserError
+from alter_demo.models import INTERRUPT
 from alter_demo.tokens import QS, TokenRecord, word_counts, words
+from alter_demo.xray import xray_data, xray_html
 
 TEXT = "What colour has the door of house 3? Smørrebrød 🙂"
 
@@ -70,3 +73,32 @@ def test_words_are_whole():
     assert found[0][1] == 1.5 and [r.token for r in found[0][2]] == ["Hog", "warts"]
     counts = word_counts([[record(" the", 2.0), record(" the", 2.0), record(" Ron", 0.1, 2), record(" and", 0.1)]], 1.0)
     assert counts == {"A": {"the": 2}, "B_f2": {"Ron": 1}, "B_r": {"and": 1}}
+
+
+def test_answers_stream_as_they_are_given_whole(run):
+    lm = run.lm
+    question = "What colour has the door of house 3?"
+    sides = [lambda: run.side(False), lambda: run.side(True)]
+    *_, last = stream([lm, lm], sides, question, 12)
+    assert last == [run.answer([question], adapted, 12)[0] for adapted in (False, True)]
+    # sampled with the same noise, two sides that think the same say the same; another seed says something else
+    twice = [lambda: run.side(True), lambda: run.side(True)]
+    said = {seed: list(stream([lm, lm], twice, question, 12, 1.0, seed))[-1] for seed in (0, 1)}
+    assert said[0][0] == said[0][1] and said[0] != said[1]
+
+
+def test_a_closed_tab_stops_the_model_in_the_midst(run):
+    INTERRUPT.set()
+    try:
+        with pytest.raises(Interrupted):
+            run.answer(["What colour?"])
+    finally:
+        INTERRUPT.clear()
+    assert len(run.answer(["What colour?"], max_new_tokens=4)) == 1
+
+
+def test_the_saved_xray_holds_hostile_text_as_data(run):
+    hostile = "</script><script>window.hacked=1</script> ${7*7}"
+    html = xray_html(xray_data(run.tokens(hostile), run.router.config), "<b>title</b>")
+    assert html.count("</script>") == 1 and "<b>" not in html and "\\u003c" in html
+    assert "default-src 'none'" in html
