@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 
+from .data import EXAMPLE
 from .errors import UserError
 from .grid import REFERENCES, read_results
 
@@ -159,6 +160,36 @@ def rounds_markdown(results: dict) -> str:
     return pipes(["round", *table.columns], [[str(k), *(f"{v:.3f}" for v in row)] for k, row in table.iterrows()])
 
 
+GROUP_COLUMNS = {
+    "probability": "answer probability",
+    "rouge_l": "ROUGE-L",
+    "rouge_l_to_base": "ROUGE-L to the untouched model's answers",
+    "repetition": "repeated 4-grams",
+}
+
+
+def run_markdown(stored: dict) -> str:
+    """The run that the stored example comes from, as a table: before and after, group by group."""
+    rows = []
+    for group, after in stored["after"].items():
+        before = stored["before"][group]
+        kept = f"{after['probability'] / before['probability']:.1%}"
+        pairs = [f"{before[k]:.4f} → {after[k]:.4f}" for k in GROUP_COLUMNS]
+        rows.append([group.replace("_", " "), str(stored["data"][group]), *pairs, kept])
+    lines = pipes(["group", "items", *GROUP_COLUMNS.values(), "probability kept"], rows)
+    seconds = stored["seconds"]
+    return (
+        f"{lines}\n\n{stored['steps']} steps in {seconds['unlearn']} s, peak memory {stored['peak_memory_mb']} MB, "
+        f"{seconds['evaluate']} s of measuring; {stored['hardware']}, {stored['date']}."
+    )
+
+
+def fill(text: str, name: str, table: str) -> str:
+    """`text` with `table` in the place that is marked for `name`, unchanged where there is none."""
+    place = re.compile(rf"(<!-- results:{re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    return place.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text)
+
+
 def pipes(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(r) + " |" for r in [header, ["---"] * len(header), *rows])
 
@@ -179,13 +210,12 @@ def report(folder: Path = RESULTS, readme: Path = Path("README.md")) -> list[Pat
         raise UserError("The images need a Chromium or Chrome on this machine.")
     os.environ.setdefault("BROWSER_PATH", browser)
     text, written = readme.read_text(encoding="utf-8"), [readme]
+    if EXAMPLE.is_file():
+        text = fill(text, "harry-potter", run_markdown(json.loads(EXAMPLE.read_text(encoding="utf-8"))))
     for file in files:
         results = read_results(file)
         rounds = any("/" in run["method"] for run in results["runs"])
-        place = re.compile(rf"(<!-- results:{re.escape(file.stem)} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if place.search(text):
-            table = rounds_markdown(results) if rounds else markdown(results)
-            text = place.sub(lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text)
+        text = fill(text, file.stem, rounds_markdown(results) if rounds else markdown(results))
         drawings = (("rounds", sequential),) if rounds else (("tradeoff", tradeoff), ("cost", cost))
         for name, draw in drawings:
             image = folder.parent / f"{file.stem}_{name}.png"

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import COLOURS
@@ -13,6 +14,7 @@ from alter_demo.errors import UserError
 from alter_demo.grid import GridConfig, How
 from alter_demo.methods import METHODS
 
+ROOT = Path(__file__).parents[1]
 FEW = {"max_steps": 2, "batch_size": 2, "probe_every": 1}
 
 
@@ -191,3 +193,12 @@ def test_experts_are_handed_on(taught, small):
     for name, old in experts.items():
         assert (now[name][: len(old)] == old).all() and not now[name][len(old) :].any()
     assert any(p.any() for n, p in experts.items() if ".alter_B." in n)
+
+
+def test_the_readme_holds_the_stored_results_and_nothing_else():
+    text = (ROOT / "README.md").read_text()
+    tables = {p.stem: figures.markdown(grid.read_results(p)) for p in (ROOT / figures.RESULTS).glob("*.json")}
+    tables["harry-potter"] = figures.run_markdown(json.loads(data.EXAMPLE.read_text()))
+    assert {"imaginary-authors", "tofu"} <= set(tables)
+    for name, table in tables.items():
+        assert f"<!-- results:{name} -->\n{table}\n<!-- end -->" in text, f"{name}: run python -m alter_demo report"
