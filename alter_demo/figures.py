@@ -22,6 +22,7 @@ from .grid import REFERENCES, read_results
 RESULTS = Path("assets/results")
 ASKED = ("forget", "model", "retain_items", "limit", "kept", "tokens")
 OURS = ("alter", "alter_selective")
+COST_BASES = ("asym_lora", "grad_diff")  # what a method's seconds and memory are set beside
 BLUE, GREY, ORANGE = "#0b5fa5", "#6b7280", "#c2570c"
 SHOWN = {
     "forget_quality": "forget quality p",
@@ -101,7 +102,7 @@ def cost(results: dict) -> go.Figure:
     """Seconds and peak memory of each method, relative to AsymLoRA and to full fine-tuning (grad_diff)."""
     table = medians(results).drop(index=list(REFERENCES), errors="ignore")
     figure = go.Figure()
-    for base, colour in (("asym_lora", BLUE), ("grad_diff", GREY)):
+    for base, colour in zip(COST_BASES, (BLUE, GREY), strict=True):
         for column, pattern in (("seconds", ""), ("MB", "/")):
             if base in table.index:
                 figure.add_bar(
@@ -151,8 +152,9 @@ def markdown(results: dict) -> str:
         rows.append([f"**{method}**" if method in OURS else method, *cells, *spent, seeds])
     lines = pipes(["method", *SHOWN.values(), "seconds", "peak MB", "seeds"], rows)
     hardware = ", ".join(sorted({r["hardware"] for r in results["runs"] if r.get("hardware")}))
-    front = ", ".join(pareto(table))
-    return f"{lines}\n\nMedians; {hardware}. Not dominated in (utility, forget quality): {front}."
+    front, rivals = pareto(table), table.index.difference(list(REFERENCES))
+    verdict = f" Not dominated in (utility, forget quality): {', '.join(front)}." if len(rivals) > 1 else ""
+    return f"{lines}\n\nMedians; {hardware}.{verdict}"
 
 
 def rounds_markdown(results: dict) -> str:
@@ -216,7 +218,9 @@ def report(folder: Path = RESULTS, readme: Path = Path("README.md")) -> list[Pat
         results = read_results(file)
         rounds = any("/" in run["method"] for run in results["runs"])
         text = fill(text, file.stem, rounds_markdown(results) if rounds else markdown(results))
-        drawings = (("rounds", sequential),) if rounds else (("tradeoff", tradeoff), ("cost", cost))
+        drawings = [("rounds", sequential)] if rounds else [("tradeoff", tradeoff)]
+        if {run["method"] for run in results["runs"]} & set(COST_BASES):
+            drawings.append(("cost", cost))
         for name, draw in drawings:
             image = folder.parent / f"{file.stem}_{name}.png"
             draw(results).write_image(image, scale=1.5)

@@ -20,7 +20,7 @@ from .training import Record
 
 MIN_SILHOUETTE = 0.05  # below it the forget set has one sub-domain
 NEAR_BEST = 0.8  # the smallest N within this share of the best score: every further expert sees fewer samples
-MAX_LEAK = 0.01  # share of retain samples on which the calibrated gate may open anywhere
+MAX_LEAK = 0.02  # share of retain samples on which the calibrated gate may open anywhere
 CALIBRATION_SHARE = 0.25
 NEAREST = 5  # questions shown beside a centre
 
@@ -58,7 +58,7 @@ def fit_gate(records: list[Record], samples: list[Sample], config, seed: int):
     """Multinomial logistic regression from token features to {r, f_1..f_N}; convex, so it needs no initial centroid.
 
     Tokens that all samples begin with (the system prompt) say nothing and count as r. A quarter of the samples stays
-    out of the fit to calibrate the two-level threshold: the smallest from 0.5 at which at most 1 % of the retain
+    out of the fit to calibrate the two-level threshold: the smallest from 0.5 at which at most 2 % of the retain
     samples open the gate anywhere.
 
     Returns:
