@@ -19,7 +19,7 @@ from .data import EXAMPLE
 from .errors import UserError
 from .grid import REFERENCES, read_results
 
-RESULTS = Path("assets/results")
+RESULTS = Path(__file__).parents[1] / "assets" / "results"
 ASKED = ("forget", "model", "retain_items", "limit", "kept", "tokens")
 OURS = ("alter", "alter_selective")
 COST_BASES = ("asym_lora", "grad_diff")  # what a method's seconds and memory are set beside

@@ -304,7 +304,7 @@ def router_tab(router, run) -> None:
 
 def evidence_tab(evidence) -> None:
     gr.Markdown(
-        "From the results files in `assets/results/`, which only the commands write; each row names its command. "
+        "From the results files in `assets/results/`, which only the commands write. "
         "A star is the model that never saw the forget set."
     )
     status = gr.Markdown("")

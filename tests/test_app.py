@@ -181,7 +181,7 @@ def test_a_whole_run_then_every_tab(page, server, tiny, own_data):
     expect(page.locator("#router-status")).to_contain_text("own record", timeout=60_000)
     page.get_by_role("button", name="Tokens by experts").click()
     expect(page.locator("#router-status")).to_contain_text("Drawn", timeout=60_000)
-    assert page.locator(".js-plotly-plot:visible").count() == 4
+    expect(page.locator(".js-plotly-plot:visible")).to_have_count(4, timeout=60_000)
     assert page.evaluate("window.hacked") is None
 
     page.goto(f"{server[0]}/?run={run.name}&tab=compare&prompt=Who%3F")
