@@ -22,9 +22,15 @@ INK = "#7a7a7a"
 
 def look(figure: go.Figure, height: int = 420) -> go.Figure:
     figure.update_layout(
-        height=height, margin={"l": 60, "r": 20, "t": 30, "b": 50}, paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)", font={"size": 14, "color": INK}, legend={"orientation": "h", "y": -0.25},
-    )  # fmt: skip
+        height=height,
+        width=None,
+        autosize=True,
+        margin={"l": 60, "r": 20, "t": 30, "b": 50},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"size": 14, "color": INK},
+        legend={"orientation": "h", "y": -0.25},
+    )
     figure.update_xaxes(gridcolor="#88888844", zerolinecolor="#88888866")
     return figure.update_yaxes(gridcolor="#88888844", zerolinecolor="#88888866")
 

@@ -89,7 +89,7 @@ def tradeoff(results: dict) -> go.Figure:
         symbol = {"retain": "star", "target": "x"}.get(method, "diamond" if ours else "circle")
         figure.add_scatter(
             x=[row["model_utility"]], y=[row["forget_quality"]], mode="markers+text", text=[method],
-            textposition="top center", name=method, showlegend=False,
+            textposition="bottom center", name=method, showlegend=False, cliponaxis=False,
             marker={"symbol": symbol, "size": 16 if ours or reference else 10,
                     "color": BLUE if ours else ORANGE if reference else GREY},
         )  # fmt: skip

@@ -182,6 +182,7 @@ def unlearn_tab():
             )  # fmt: skip
             live = gr.Dataframe(
                 headers=LIVE_COLUMNS, interactive=False, wrap=True, label="Live answers, asked again every few steps",
+                column_widths=["12%", "28%", "30%", "30%"],
                 elem_id="live",
             )  # fmt: skip
     numbers = gr.Dataframe(
@@ -190,7 +191,7 @@ def unlearn_tab():
     )  # fmt: skip
     answers = gr.Dataframe(
         headers=["group", "question", "before", "after"], interactive=False, wrap=True, max_height=420,
-        label="Answers before and after",
+        label="Answers before and after", column_widths=["12%", "28%", "30%", "30%"],
     )  # fmt: skip
     saved = gr.File(label="Adapter and record as a zip, metrics as JSON", visible=False, elem_id="saved")
     name = gr.State("")
@@ -265,7 +266,7 @@ def clouds_tab(run) -> None:
     status = gr.Markdown("", elem_id="clouds-status")
     threshold = gr.Slider(0.01, 3.0, 1.2, step=0.01, label="Threshold of S_q: above it a word is uncertain")
     histogram = gr.Plot(label="How many words have which S_q")
-    gallery = gr.Gallery(label="Word clouds", columns=3, object_fit="contain", height=760, elem_id="clouds")
+    gallery = gr.Gallery(label="Word clouds", columns=3, object_fit="contain", height=900, elem_id="clouds")
     table = gr.Dataframe(
         headers=["way", "word", "times"], interactive=False, label="The same, sorted", max_height=360,
         elem_id="cloud-words",
@@ -334,13 +335,20 @@ def evidence_view(name):
         return None, None, None, "There are no results here yet: `python -m alter_demo tofu` makes some."
     try:
         results = read_results(figures.RESULTS / f"{name}.json")
+        runs = [run for run in results["runs"] if run["method"] not in figures.REFERENCES]
+        methods = " ".join(dict.fromkeys(run["method"].split("/")[0] for run in runs))
+        seeds = " ".join(sorted({str(run["seed"]) for run in runs}))
         forget = results["runs"][0]["config"]["forget"]
-        command = f"`python -m alter_demo tofu --forget {forget} --results assets/results/{name}.json`"
+        command = (
+            f"`python -m alter_demo tofu --forget {forget} --methods {methods} --seeds {seeds} "
+            f"--results assets/results/{name}.json`"
+        )
         if any("/" in run["method"] for run in results["runs"]):
             table = figures.by_round(results).reset_index().round(4)
             return table, charts.look(figures.sequential(results)), None, command
         table = figures.medians(results).reset_index().round(4)
-        return table, charts.look(figures.tradeoff(results)), charts.look(figures.cost(results)), command
+        cost = charts.look(figures.cost(results)) if set(table["method"]) & set(figures.COST_BASES) else None
+        return table, charts.look(figures.tradeoff(results)), cost, command
     except (UserError, IndexError, KeyError) as error:
         return None, None, None, jobs.sentence(error)
 
