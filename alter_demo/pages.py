@@ -82,7 +82,7 @@ def build() -> gr.Blocks:
         finished.then(choose_run, name, run, **AT_ONCE)
         gr.on([run.change, prompt.change], None, [run, tab, prompt], None, js=REMEMBER, **AT_ONCE)
         tabs.select(selected_tab, None, tab, **AT_ONCE).then(None, [run, tab, prompt], None, js=REMEMBER, **AT_ONCE)
-        demo.load(restore, [run, prompt], [tabs, tab, run, prompt], **AT_ONCE)
+        demo.load(restore, None, [tabs, tab, run, prompt], **AT_ONCE)
         demo.unload(jobs.forget_session)
     return demo
 
@@ -94,14 +94,15 @@ def selected_tab(event: gr.SelectData) -> str:
     return TABS[event.index] if isinstance(event.index, int) and 0 <= event.index < len(TABS) else TABS[0]
 
 
-def restore(run, prompt, request: gr.Request):
+def restore(request: gr.Request):
     """What the address asks for, as far as it exists."""
     asked = dict(request.query_params)
     names = jobs.run_names()
-    tab = asked.get("tab") if asked.get("tab") in TABS else "example"
     chosen = asked.get("run") if asked.get("run") in names else next(iter(names), None)
-    prompt = asked.get("prompt", prompt)[: jobs.MAX_PROMPT]
-    return gr.Tabs(selected=tab), tab, gr.Dropdown(names, value=chosen), prompt
+    prompt = asked["prompt"][: jobs.MAX_PROMPT] if "prompt" in asked else gr.skip()
+    # only what the address asks for: a person may have gone to another tab while this was under way
+    tabs = (gr.Tabs(selected=asked["tab"]), asked["tab"]) if asked.get("tab") in TABS else (gr.skip(), gr.skip())
+    return *tabs, gr.Dropdown(names, value=chosen), prompt
 
 
 def choose_run(name: str) -> gr.Dropdown:
