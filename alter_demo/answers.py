@@ -17,7 +17,7 @@ from transformers import DynamicCache, GenerationConfig
 from .data import SETS, ForgetSet, Item, Sample, asked_differently, collate, load_forget_set, render, render_prompt
 from .errors import UserError
 from .models import LM, cache_dir
-from .training import inputs, length_batches
+from .training import length_batches
 
 OWN_TOKENS = 64  # length of a recorded answer
 RETAIN_TOKENS = 40  # of it that is trained on
@@ -106,27 +106,70 @@ class AnswerScores:
 
 @torch.no_grad()
 def answer_scores(lm: LM, questions: list[str], answers: list[str], model=None, full=True) -> list[AnswerScores]:
-    """Scores of each answer's tokens, in the order given. `full=False` leaves hits and z empty and is faster."""
+    """Scores of each answer's tokens, in the order given. Answers to the same question share its pass.
+
+    Args:
+        full: False leaves hits and z empty and is faster; or one bool for each answer.
+    """
     model = model or lm.model
     samples = [render(lm.tokenizer, Item(q, a))[0] for q, a in zip(questions, answers, strict=True)]
+    wanted = [full] * len(samples) if isinstance(full, bool) else full
+    same: dict[tuple[int, ...], list[int]] = {}
+    for i, s in enumerate(samples):
+        same.setdefault(tuple(s.ids[: s.start]), []).append(i)
     result: list[AnswerScores | None] = [None] * len(samples)
-    for batch in length_batches([len(s.ids) for s in samples], SCORED_TOKENS):
-        b = collate([samples[i] for i in batch], lm.tokenizer.pad_token_id, lm.device)
-        logits = model(**inputs(b), logits_to_keep=b["keep"], use_cache=False).logits[:, :-1]
-        for row, i in enumerate(batch):
-            on = b["answer"][row]
-            labels = b["labels"][row, on]
-            all_log_p = logits[row, on].float().log_softmax(-1)  # (K, V)
-            log_p = all_log_p.gather(-1, labels[:, None])[:, 0]
-            hits, z = [], []
-            if full:
-                hits = (all_log_p.argmax(-1) == labels).tolist()
-                p = all_log_p.exp()
-                mean = (p * all_log_p).sum(-1)
-                variance = (p * all_log_p.square()).sum(-1) - mean.square()
-                z = ((log_p - mean) / variance.clamp_min(1e-6).sqrt()).tolist()
-            result[i] = AnswerScores(log_p.tolist(), hits, z)
+    for prompts in by_kind(list(same)):
+        costs = [len(p) + sum(len(samples[i].ids) - len(p) for i in same[p]) for p in prompts]
+        for batch in length_batches(costs, SCORED_TOKENS):
+            chosen = [prompts[k] for k in batch]
+            rows = [i for p in chosen for i in same[p]]
+            all_logits = logits_after(lm, model, chosen, [[samples[i] for i in same[p]] for p in chosen])
+            for i, logits in zip(rows, all_logits, strict=True):
+                labels = torch.tensor(samples[i].ids[samples[i].start :], device=logits.device)  # (K,)
+                all_log_p = logits[: len(labels)].float().log_softmax(-1)  # (K, V)
+                log_p = all_log_p.gather(-1, labels[:, None])[:, 0]
+                hits, z = [], []
+                if wanted[i]:
+                    hits = (all_log_p.argmax(-1) == labels).tolist()
+                    p = all_log_p.exp()
+                    mean = (p * all_log_p).sum(-1)
+                    variance = (p * all_log_p.square()).sum(-1) - mean.square()
+                    z = ((log_p - mean) / variance.clamp_min(1e-6).sqrt()).tolist()
+                result[i] = AnswerScores(log_p.tolist(), hits, z)
     return result
+
+
+def by_kind(prompts: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """Prompts of one token (a plain text's) apart from the others: they leave nothing to put into the cache."""
+    kinds = [[p for p in prompts if len(p) > 1], [p for p in prompts if len(p) == 1]]
+    return [kind for kind in kinds if kind]
+
+
+def logits_after(lm: LM, model, prompts: list[tuple[int, ...]], samples: list[list[Sample]]) -> torch.Tensor:
+    """Logits (rows, K, V) from the last token of a prompt on, for the samples of each prompt one after the other.
+
+    The prompts but for their last token go through the model once, left-padded; then the answers, right-padded, on
+    copies of that cache.
+    """
+    pad, cache = lm.tokenizer.pad_token_id, DynamicCache()
+    rows = torch.tensor([k for k, own in enumerate(samples) for _ in own])
+    mask = torch.zeros(len(rows), 0, dtype=torch.long)
+    if len(prompts[0]) > 1:
+        width = max(map(len, prompts)) - 1
+        ids = torch.tensor([[pad] * (width + 1 - len(p)) + list(p[:-1]) for p in prompts])
+        mask = torch.tensor([[0] * (width + 1 - len(p)) + [1] * (len(p) - 1) for p in prompts])
+        b = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
+        b = {k: v.to(lm.device) for k, v in b.items()}
+        model(**b, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_select_indices(rows.to(lm.device))
+        mask = mask[rows]
+    fed = [s.ids[s.start - 1 : -1] for own in samples for s in own]
+    width = max(map(len, fed))
+    ids = torch.tensor([f + [pad] * (width - len(f)) for f in fed])
+    mask = torch.cat([mask, torch.tensor([[1] * len(f) + [0] * (width - len(f)) for f in fed])], 1)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -width:]
+    b = {k: v.to(lm.device) for k, v in (("input_ids", ids), ("attention_mask", mask), ("position_ids", positions))}
+    return model(**b, past_key_values=cache, use_cache=True).logits
 
 
 def log_probs(lm: LM, questions: list[str], answers: list[str], model=None) -> list[float]:

@@ -121,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="random seeds")
     sub.add_argument("--limit", type=int, help="measured items a group (default: the size's own)")
     sub.add_argument("--rounds", type=int, help="forget the set in so many rounds, each from the last (sequential)")
-    sub.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="TrainConfig values, for tuning")
+    sub.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE[,VALUE...]", help="TrainConfig values to try")
     sub.add_argument("--results", type=Path, default=Path("assets/results/tofu.json"), help="results file")
 
     sub = command("evaluate", do_evaluate, "Figures of an evaluation log (ours, open-unlearning's, TOFU's), as JSON.")
@@ -253,11 +253,14 @@ def do_learn(args) -> None:
 def do_tofu(args) -> None:
     from .grid import How, grid, grid_config, sequential
     from .methods import METHODS
+    from .models import choose_device
 
     config = grid_config(args.size, forget=args.forget, model=args.model, limit=args.limit)
     if args.forget == "imaginary-authors":
         config.retain_items = None  # all ten authors are small enough, and their adapters are in assets/
     methods = list(METHODS) if args.methods == ["all"] else args.methods
+    if args.dtype == "auto" and choose_device(args.device) == "cpu":
+        args.dtype = "float32"  # so that the figures come back on another processor
     stop = Stop("this step; finished items are kept")
     with Bars() as bars:
         how = How(
@@ -279,7 +282,7 @@ def do_tofu(args) -> None:
 
 
 def settings(pairs: list[str]) -> dict:
-    """TrainConfig values from NAME=VALUE."""
+    """TrainConfig values from NAME=VALUE, a list of them from NAME=VALUE,VALUE."""
     from dataclasses import fields
 
     from .training import TrainConfig
@@ -291,7 +294,8 @@ def settings(pairs: list[str]) -> dict:
         if name not in known:
             raise UserError(f"--set knows {', '.join(known)}, and not {name!r}.")
         try:
-            found[name] = value == "true" if known[name] is bool else known[name](value)
+            listed = [v == "true" if known[name] is bool else known[name](v) for v in value.split(",")]
+            found[name] = listed if len(listed) > 1 else listed[0]
         except ValueError:
             raise UserError(f"{name} takes a number, not {value!r}.") from None
     return found

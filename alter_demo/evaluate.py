@@ -64,7 +64,13 @@ def evaluate(lm, model, groups: dict[str, list[Item]], tokens: int = 64, stage=N
         stage(f"measuring {group}", 0.0)
         questions, answers = [i.question for i in items], [i.answer for i in items]
         rows = pd.DataFrame({"question": questions, "answer": answers})
-        scores = answer_scores(lm, questions, answers, model)
+        # TOFU's truth ratio: the paraphrased answer where there is one, else the answer itself, beside wrong ones
+        compared = all(i.perturbed_answer for i in items)
+        others = [[i.paraphrased_answer or i.answer, *i.perturbed_answer] if compared else [] for i in items]
+        asked = questions + [q for q, own in zip(questions, others, strict=True) for _ in own]
+        full = [True] * len(items) + [False] * (len(asked) - len(items))
+        scores = answer_scores(lm, asked, answers + [a for own in others for a in own], model, full)
+        scores, rest = scores[: len(items)], iter(scores[len(items) :])
         rows["avg_gt_loss"] = [-float(np.mean(s.log_p)) for s in scores]
         rows["exact_memorization"] = [metrics.exact_memorization(s.hits[:-1]) for s in scores]
         rows["extraction_strength"] = [metrics.extraction_strength(s.hits[:-1]) for s in scores]
@@ -78,15 +84,10 @@ def evaluate(lm, model, groups: dict[str, list[Item]], tokens: int = 64, stage=N
             rows["generated_text"] = said
             both = [metrics.rouge(a, i.answer) for a, i in zip(said, items, strict=True)]
             rows["rougeL_recall"], rows["rougeL_f1"] = zip(*both, strict=True)
-        if all(i.perturbed_answer for i in items):
-            # TOFU: the paraphrased answer where there is one, else the answer itself, beside the wrong ones
-            right = answer_scores(lm, questions, [i.paraphrased_answer or i.answer for i in items], model, full=False)
-            rows["avg_paraphrased_loss"] = [-float(np.mean(s.log_p)) for s in right]
-            flat = [(i.question, wrong) for i in items for wrong in i.perturbed_answer]
-            wrong = iter(answer_scores(lm, [q for q, _ in flat], [a for _, a in flat], model, full=False))
-            rows["average_perturb_loss"] = [
-                [-float(np.mean(next(wrong).log_p)) for _ in i.perturbed_answer] for i in items
-            ]
+        if compared:
+            losses = [[-float(np.mean(next(rest).log_p)) for _ in own] for own in others]
+            rows["avg_paraphrased_loss"] = [own[0] for own in losses]
+            rows["average_perturb_loss"] = [own[1:] for own in losses]
         log[group] = rows
     return log
 

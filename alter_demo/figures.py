@@ -157,6 +157,60 @@ def markdown(results: dict) -> str:
     return f"{lines}\n\nMedians; {hardware}.{verdict}"
 
 
+def tried(results: dict) -> pd.DataFrame:
+    """Every setting tried for each method with its score, forget quality times model utility, medians over seeds.
+
+    Raises:
+        UserError: no run of the file has settings of its own.
+    """
+    rows = [
+        {"method": r["method"], "setting": json.dumps(own, sort_keys=True), "seed": r["seed"], "steps": r.get("steps"),
+         **{k: r["metrics"].get(k) for k in ("forget_quality", "model_utility")}}
+        for r in results["runs"] if (own := r["config"].get("overrides"))
+    ]  # fmt: skip
+    if not rows:
+        raise UserError("The results file holds no settings that were tried: tofu --set lr=1e-5,1e-4 makes some.")
+    numbers = dict.fromkeys(("forget_quality", "model_utility", "steps"), float)
+    table = pd.DataFrame(rows).astype(numbers).groupby(["method", "setting"], sort=False).median(numeric_only=True)
+    return table.assign(score=table["forget_quality"] * table["model_utility"])
+
+
+def chosen_settings(results: dict) -> dict[str, dict]:
+    """The setting of the highest score of each method."""
+    best = tried(results)["score"].fillna(-1).groupby("method", sort=False).idxmax()
+    return {method: json.loads(setting) for method, setting in best}
+
+
+def tuning_markdown(results: dict) -> str:
+    """What was tried, method by method, the chosen setting in bold."""
+    table, chosen = tried(results), chosen_settings(results)
+    rows = []
+    for method, own in table.groupby(level="method", sort=False):
+        cells = []
+        for (_, setting), row in own.iterrows():
+            values = json.loads(setting)
+            name = ", ".join(f"{k} {v:g}" for k, v in values.items())
+            figures = (
+                "diverged" if pd.isna(row["score"]) else f"{row['forget_quality']:.2g} / {row['model_utility']:.3f}"
+            )
+            cells.append(f"**{name}: {figures}**" if values == chosen[method] else f"{name}: {figures}")
+        rows.append([method, "; ".join(cells)])
+    return pipes(["method", "setting: forget quality p / model utility (chosen in bold)"], rows)
+
+
+def is_tuning(results: dict) -> bool:
+    own = [r["config"].get("overrides") for r in results["runs"] if r["method"] not in REFERENCES]
+    return bool(own) and all(o and "rounds" not in o for o in own)
+
+
+def table_of(results: dict) -> str:
+    """The README's table of a results file: of a grid, of rounds, or of what was tried."""
+    if is_tuning(results):
+        return tuning_markdown(results)
+    rounds = any("/" in run["method"] for run in results["runs"])
+    return rounds_markdown(results) if rounds else markdown(results)
+
+
 def rounds_markdown(results: dict) -> str:
     table = by_round(results)
     return pipes(["round", *table.columns], [[str(k), *(f"{v:.3f}" for v in row)] for k, row in table.iterrows()])
@@ -216,8 +270,10 @@ def report(folder: Path = RESULTS, readme: Path = Path("README.md")) -> list[Pat
         text = fill(text, "harry-potter", run_markdown(json.loads(EXAMPLE.read_text(encoding="utf-8"))))
     for file in files:
         results = read_results(file)
+        text = fill(text, file.stem, table_of(results))
+        if is_tuning(results):
+            continue
         rounds = any("/" in run["method"] for run in results["runs"])
-        text = fill(text, file.stem, rounds_markdown(results) if rounds else markdown(results))
         drawings = [("rounds", sequential)] if rounds else [("tradeoff", tradeoff)]
         if {run["method"] for run in results["runs"]} & set(COST_BASES):
             drawings.append(("cost", cost))

@@ -20,6 +20,7 @@ from .answers import adapt, own_file, stamp, write_json
 from .data import ForgetSet, adapters, load_forget_set
 from .errors import Diverged, UserError
 from .learn import LearnConfig, learn
+from .methods import METHODS
 from .models import MODELS, cache_dir, load_model
 from .runs import UnlearnConfig, next_round, split_probe, unlearn
 from .training import train_config
@@ -109,12 +110,18 @@ class How:
     """Where results go, what replaces the methods' own settings, and who is told."""
 
     path: Path
-    overrides: dict = field(default_factory=dict)  # TrainConfig values; such runs stand beside the others
+    overrides: dict = field(default_factory=dict)  # TrainConfig values, or lists of values to try each of
     device: str = "auto"
     dtype: str = "auto"
     on_step: Callable | None = None
     on_stage: Callable[[str, float], None] = lambda what, share: None
     should_stop: Callable[[], bool] = lambda: False
+
+    @property
+    def settings(self) -> list[dict]:
+        """One dict for each combination of the values in `overrides`; its runs stand beside the others."""
+        listed = [v if isinstance(v, list) else [v] for v in self.overrides.values()]
+        return [dict(zip(self.overrides, values, strict=True)) for values in itertools.product(*listed)]
 
 
 class Bench:
@@ -126,12 +133,13 @@ class Bench:
 
     def __init__(self, config: GridConfig, methods: list[str], how: How):
         self.config, self.how = config, how
-        for method in methods:
-            train_config(method, **how.overrides)  # bad values now, not after an hour
+        for method, values in itertools.product(methods, how.settings):
+            train_config(method, **values)  # bad values now, not after an hour
         self.results = read_results(how.path)
         self.made = load_forget_set(config.forget).smaller(config.retain_items)
         if not self.made.learned:
             raise UserError(f"{config.forget} was not taught to the model: the grid needs TOFU or imaginary-authors.")
+        self.seen: dict = {}  # what the frozen target said about each sample
         self.names = TOFU_GROUPS if "real_authors" in self.made.more else OTHER_GROUPS
 
     def prepare(self) -> None:
@@ -154,15 +162,16 @@ class Bench:
     def done(self, method: str, seed: int, overrides: dict) -> bool:
         return identity(method, seed, self.config, overrides) in {r["id"] for r in self.results["runs"]}
 
-    def unlearn(self, lm, made: ForgetSet, method: str, seed: int, name: str, experts=None):
-        """One run, or None when it was stopped by hand: half an item is none."""
+    def unlearn(self, lm, made: ForgetSet, method: str, seed: int, values: dict, name: str, experts=None, seen=None):
+        """One run with `values` in place of the method's own, None when stopped by hand: half an item is none."""
         config, how = self.config, self.how
         asking = UnlearnConfig(
             method=method, limit=config.limit, kept=config.kept, groups=self.names, tokens=config.tokens
         )  # fmt: skip
         run = unlearn(
-            lm, made, asking, train_config(method, seed=seed, **how.overrides), folder=None,
-            before=self.logs["target"], retain_log=self.logs["retain"], experts=experts, on_step=how.on_step,
+            lm, made, asking, train_config(method, seed=seed, **values), folder=None,
+            before=self.logs["target"], retain_log=self.logs["retain"], experts=experts,
+            seen=seen, on_step=how.on_step,
             on_stage=lambda what, share: how.on_stage(f"{name}: {what}", share), should_stop=how.should_stop,
         )  # fmt: skip
         return None if run.metrics["stopped"] == "stopped by hand" else run
@@ -189,24 +198,26 @@ def identity(method: str, seed: int, config: GridConfig, overrides: dict) -> str
 def grid(config: GridConfig, methods: list[str], seeds: list[int], how: How) -> dict:
     """Run what is missing in `how.path` and return the results. Raises UserError as `Bench` does."""
     bench = Bench(config, methods, how)
-    missing = [(m, s) for s in seeds for m in methods if not bench.done(m, s, how.overrides)]
+    asked = itertools.product(seeds, methods, how.settings)
+    missing = [(m, s, values) for s, m, values in asked if not bench.done(m, s, values)]
     bench.prepare()
     for which in REFERENCES:
         if not bench.done(which, 0, {}):
             bench.add(which, 0, evaluation.summary(bench.logs[which], bench.logs["retain"]), {})
-    for number, (method, seed) in enumerate(missing, 1):
+    for number, (method, seed, values) in enumerate(missing, 1):
         if how.should_stop():
             break
         gc.collect()
-        name = f"{number} of {len(missing)}: {method}, seed {seed}"
+        shown = "".join(f", {k} {v}" for k, v in values.items())
+        name = f"{number} of {len(missing)}: {method}, seed {seed}{shown}"
         try:
-            run = bench.unlearn(bench.target(), bench.made, method, seed, name)
+            run = bench.unlearn(bench.target(), bench.made, method, seed, values, name, seen=bench.seen)
         except Diverged:
-            bench.add(method, seed, {}, how.overrides, stopped="diverged")
+            bench.add(method, seed, {}, values, stopped="diverged")
             continue
         if run is None:
             break
-        bench.add(method, seed, run.metrics["after"]["summary"] | to_base(run), how.overrides, run)
+        bench.add(method, seed, run.metrics["after"]["summary"] | to_base(run), values, run)
         del run
     return bench.results
 
@@ -219,7 +230,10 @@ def sequential(config: GridConfig, methods: list[str], seeds: list[int], rounds:
     share). The forget figures are those of the whole set.
     """
     bench = Bench(config, methods, how)
-    made, overrides = bench.made, {"rounds": rounds} | how.overrides
+    if len(how.settings) > 1:
+        raise UserError("Rounds are run with one value of each setting.")
+    made, values = bench.made, how.settings[0]
+    overrides = {"rounds": rounds} | values
     if not 2 <= rounds <= len(made.forget):
         raise UserError(f"There can be 2 to {len(made.forget)} rounds, and {rounds} is not among them.")
     bench.prepare()
@@ -240,7 +254,9 @@ def sequential(config: GridConfig, methods: list[str], seeds: list[int], rounds:
             asked = {i.paraphrased_question for i in part}  # the probe looks at what is new
             new = [i for i in made.forget_held_out if i.question in asked]
             now = replace(made, training=so_far, forget_held_out=new)
-            run = bench.unlearn(lm, now, method, seed, f"{name} of {rounds}, seed {seed}", experts)
+            # only ALTER's frozen model is the same one in each round
+            seen = bench.seen if METHODS[method].trains == "alter" else None
+            run = bench.unlearn(lm, now, method, seed, values, f"{name} of {rounds}, seed {seed}", experts, seen)
             if run is None:
                 return bench.results
             bench.add(name, seed, run.metrics["after"]["summary"], overrides, run)

@@ -161,6 +161,7 @@ def unlearn(
     before: evaluation.Log | None = None,
     retain_log: evaluation.Log | None = None,
     experts: dict[str, torch.Tensor] | None = None,
+    seen: dict | None = None,
     on_step: Callable[[dict, int], None] | None = None,
     on_stage: Callable[[str, float], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -174,6 +175,7 @@ def unlearn(
         before, retain_log: logs of the target and of the retain-only model, if they were measured already.
         resume: a folder with the checkpoints of an interrupted run (`TrainConfig.save_steps`).
         experts: A and B of an earlier round to start from (`next_round`).
+        seen: a dict shared by runs on the same frozen model, which then looks at each sample once for all of them.
         on_step: called after each step with its losses and the number of steps at most.
         on_answers: called before the first step and at every look of the probe with the step and (group, question,
             greedy answer) of two forget and two retain questions.
@@ -221,13 +223,14 @@ def unlearn(
         measuring = time.perf_counter() - started
         started = time.perf_counter()
         reset_peak(lm.device)
-        ready = prepare(lm, made, config, method, train, stage)
+        ready = prepare(lm, made, config, method, train, stage, seen)
         ready.never = never
         trained, history, stopped = train_model(
             lm, ready, config, method, train, probe_items, on_step, should_stop, resume, experts,
             live_answers(lm, made, on_answers),
         )  # fmt: skip
-        seconds["unlearn"], peak = round(time.perf_counter() - started, 1), peak_mb(lm.device)
+        spent = time.perf_counter() - started + sum(r.saved for r in ready.records)  # as if it were the only run
+        seconds["unlearn"], peak = round(spent, 1), peak_mb(lm.device)
         run = Run(lm, trained, {}, target)
         started = time.perf_counter()
         if evaluate:
@@ -327,7 +330,9 @@ class Prepared:
     never: list[Item] = field(default_factory=list)  # questions that nobody taught, with wrong answers too
 
 
-def prepare(lm: LM, made: ForgetSet, config: UnlearnConfig, method: Method, train: TrainConfig, stage) -> Prepared:
+def prepare(
+    lm: LM, made: ForgetSet, config: UnlearnConfig, method: Method, train: TrainConfig, stage, seen=None
+) -> Prepared:
     """Phase I: the frozen model's view of every sample; for ALTER also sub-domains and router."""
     rng = random.Random(train.seed)
 
@@ -352,7 +357,7 @@ def prepare(lm: LM, made: ForgetSet, config: UnlearnConfig, method: Method, trai
     wanted = config.threshold if config.threshold is not None else method.threshold
     if wanted != "auto":
         resolve_threshold(wanted, torch.empty(0), config.q, text.vocab_size)
-    records = phase_one(lm, samples, alter, tick=lambda a, b: stage("phase I: frozen pass", a / b))
+    records = phase_one(lm, samples, alter, tick=lambda a, b: stage("phase I: frozen pass", a / b), seen=seen)
     ready = Prepared(records, forget, [*keep, *general], [], {}, layer=layer)
     if routed:
         at_answers = torch.cat([r.entropy[s.start - 1 : -1] for r, s in zip(records, samples, strict=True)])
@@ -393,7 +398,7 @@ def prepare(lm: LM, made: ForgetSet, config: UnlearnConfig, method: Method, trai
         ready.instead = rendered([replace(i, answer=a, lead="") for i, a in zip(source, answers, strict=True)])
         for other, sample in zip(ready.instead, forget, strict=True):
             other.label, other.refusal = sample.label, True
-        records += phase_one(lm, ready.instead, alter, first=len(records))
+        records += phase_one(lm, ready.instead, alter, first=len(records), seen=seen)
     if method.instead == "novice":
         novice_targets(lm, source, forget, records, train.eta)
     for record, sample in zip(records, [*samples, *ready.instead], strict=True):
@@ -582,12 +587,13 @@ def train_model(
     progress.target = progress.target or start * train.stop_ratio
     progress.history.append({"step": 0, "seconds": 0.0, "probe": start})
     paired = method.instead in ("paired", "novice")
+    retain = ready.retain if "retain" in method.parts else []
     length = train.max_steps * train.batch_size
     with tempfile.TemporaryDirectory() as scratch:
         trainer = UnlearnTrainer(
             model=model,
             args=arguments(resume or scratch, train, lm.device, bf16=mixed),
-            train_dataset=Pairs(ready.forget, ready.retain, length, train.seed, ready.instead, paired),
+            train_dataset=Pairs(ready.forget, retain, length, train.seed, ready.instead, paired),
             data_collator=collate_pairs(lm.tokenizer.pad_token_id, lm.device),
             callbacks=[progress],
             records=ready.records,

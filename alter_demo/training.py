@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -93,11 +93,12 @@ class Record:
     log_p: torch.Tensor  # (K,) of the answer's own tokens
     answer_hidden: torch.Tensor | None = None  # (K, D) `hidden` at the answer positions, where a method steers states
     plan: Plan | None = None  # (1, T, ...) once the router is fitted
+    saved: float = 0.0  # seconds that it took once, where an earlier run had looked already
 
 
 @torch.no_grad()
 def phase_one(
-    lm: LM, samples: list[Sample], config, batch_tokens: int = 4096, tick=None, first: int = 0
+    lm: LM, samples: list[Sample], config, batch_tokens: int = 4096, tick=None, first: int = 0, seen=None
 ) -> list[Record]:
     """Frozen pass over `samples`; sets `sample.index`. Batches hold `batch_tokens` tokens at most.
 
@@ -105,9 +106,17 @@ def phase_one(
         config: AlterConfig, for q and the feature layer.
         tick: called with the number of samples done, for a progress bar.
         first: index of the first sample, where these join others.
+        seen: a dict that keeps the records for the next run on the same frozen model (the grid's).
     """
-    records: list[Record | None] = [None] * len(samples)
-    for batch in length_batches([len(s.ids) for s in samples], batch_tokens):
+    keys = [(tuple(s.ids), s.start, config.q, config.feature_layer) for s in samples]
+    known = {} if seen is None else seen
+    records: list[Record | None] = [replace(known[k]) if k in known else None for k in keys]
+    for number, sample in enumerate(samples, first):
+        sample.index = number
+    missing = [i for i, record in enumerate(records) if record is None]
+    for group in length_batches([len(samples[i].ids) for i in missing], batch_tokens):
+        batch = [missing[j] for j in group]
+        started = time.perf_counter()
         b = collate([samples[i] for i in batch], lm.tokenizer.pad_token_id, lm.device)
         out = lm.model(**inputs(b), output_hidden_states=True, use_cache=False)
         entropy = tsallis_entropy(out.logits, config.q).cpu()
@@ -119,7 +128,9 @@ def phase_one(
             own = log_p.gather(-1, b["labels"][row, b["answer"][row]][:, None])[:, 0]
             kept = (entropy[row, -t:], top.indices.cpu(), top.values.cpu(), own.cpu())
             records[i] = Record(hidden[row, -t:].clone(), *kept)
-            samples[i].index = first + i
+        if seen is not None:
+            spent = (time.perf_counter() - started) / len(batch)
+            seen.update({keys[i]: replace(records[i], saved=spent) for i in batch})
         if tick:
             tick(sum(r is not None for r in records), len(records))
     return records
@@ -215,7 +226,7 @@ class UnlearnTrainer(AnswerTrainer):
                 groups.setdefault(next(lr for key, lr in rates if key in name), []).append(p)
             decay = 0.01 if self.method.trains in ("full", "mlp") else 0.0
             self.optimizer = torch.optim.AdamW(
-                [{"params": p, "lr": lr} for lr, p in groups.items()], weight_decay=decay
+                [{"params": p, "lr": lr} for lr, p in groups.items()], weight_decay=decay, fused=True
             )
         return self.optimizer
 

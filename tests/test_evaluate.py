@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from conftest import OWN_FORGET, OWN_RETAIN
+from peft import get_peft_model
 
 from alter_demo import evaluate as evaluation
 from alter_demo import load_model, metrics
+from alter_demo.adapter import AlterConfig
 from alter_demo.answers import answer_scores, greedy
 from alter_demo.cli import main
+from alter_demo.data import Item, render
 from alter_demo.errors import UserError
 
 OFFICIAL = Path(__file__).parents[2] / "shared" / "fixtures" / "tofu_official"
@@ -61,6 +65,41 @@ def test_fluency_is_the_likelihood_under_the_untouched_model(tiny):
     scores = answer_scores(lm, asked, own)
     assert mine == pytest.approx(math.exp(sum(-sum(s.log_p) / len(s.log_p) for s in scores) / 2), rel=1e-4)
     assert mine != other and 1 <= other < math.inf  # an empty answer is scored too, by its end
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_answers_to_one_question_share_its_pass_and_score_the_same(tiny, adapter):
+    lm = load_model(str(tiny), dtype="float32")
+    if adapter:
+        torch.manual_seed(5)
+        lm.model = get_peft_model(lm.model, AlterConfig(n_experts=2, threshold=1.9)).eval()
+        for name, p in lm.model.named_parameters():
+            if "alter_B" in name or "alter_gate" in name:
+                torch.nn.init.normal_(p, std=0.3)
+    pairs = [
+        (q, a) for q in ("Who?", "What colour is the door of house 12?") for a in ("Red.", "It is a blue one.", "")
+    ]
+    pairs = [*pairs[::2], ("", "A plain text without a question."), *pairs[1::2]]
+    passes = []
+    handle = lm.model.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    scores = answer_scores(lm, *map(list, zip(*pairs, strict=True)))
+    handle.remove()
+    assert [rows for rows, _ in passes] == [2, 6, 1]  # two prompts, six answers, one text
+    routes = set()
+    for (question, answer), score in zip(pairs, scores, strict=True):
+        sample = render(lm.tokenizer, Item(question, answer))[0]
+        with torch.no_grad():
+            logits = lm.model(input_ids=torch.tensor([sample.ids])).logits[0, sample.start - 1 : -1]
+        labels = torch.tensor(sample.ids[sample.start :])
+        assert torch.tensor(score.log_p) == pytest.approx(
+            logits.log_softmax(-1).gather(1, labels[:, None])[:, 0], abs=1e-4
+        )
+        assert score.hits == (logits.argmax(-1) == labels).tolist()
+        if adapter:
+            routes |= set(lm.model.get_base_model().token_router.state.last_plan.weights[0, :, 1:].argmax(-1).tolist())
+    assert not adapter or len(routes) == 2
 
 
 def small_log() -> evaluation.Log:
