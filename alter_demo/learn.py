@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from .data import ForgetSet, render
 from .errors import UserError
-from .models import LM
+from .models import LM, kept_memory
 from .training import AnswerTrainer, Pairs, arguments, collate_pairs
 
 WHICH = ("target", "retain")
@@ -46,6 +46,7 @@ class Ticks(TrainerCallback):
             self.on_step({"step": state.global_step}, state.max_steps)
 
 
+@kept_memory()
 def learn(lm: LM, made: ForgetSet, which: str, folder: Path, config: LearnConfig | None = None, on_step=None) -> Path:
     """Fine-tune `lm` on retain (and forget, for the target) and write a LoRA adapter in bfloat16 to `folder`.
 

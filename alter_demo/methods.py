@@ -172,8 +172,8 @@ class Method:
 
 
 WEIGHTS = {"forget": "beta", "retain": "gamma", "structure": "structure", "refusal": "refusal"}
-FULL = {"max_steps": 80, "lr": 2e-5, "retention": "nll"}
-LORA = {"max_steps": 80, "lr": 1e-3, "retention": "nll"}
+FULL = {"max_steps": 60, "probe_every": 3, "lr": 3e-5, "retention": "nll"}
+LORA = {"max_steps": 60, "probe_every": 3, "lr": 1e-3, "retention": "nll"}
 KL = {"retention": "distill"}
 
 METHODS: dict[str, Method] = {
@@ -196,7 +196,7 @@ METHODS: dict[str, Method] = {
     "lora": Method({"forget": inverted_hinge, "retain": keep}, "lora", "Hu et al. 2022; IHL of Cha et al. 2025", LORA),
     "asym_lora": Method(
         {"forget": inverted_hinge, "retain": keep}, "alter", "Tian et al. 2024 (HydraLoRA); IHL of Cha et al. 2025",
-        {"max_steps": 80, "retention": "nll", "lr_a": 1e-3}, {"gate": "softmax"}, guided=False,
+        {"max_steps": 60, "probe_every": 3, "retention": "nll", "lr_a": 1e-3}, {"gate": "softmax"}, guided=False,
     ),
     # as published: softmax gate, fixed threshold, experts act everywhere, B_r learns by NLL
     "alter": Method(

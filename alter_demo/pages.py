@@ -22,7 +22,8 @@ from .models import MODELS
 
 STATIC = files(__package__) / "static"
 TABS = ("example", "unlearn", "compare", "xray", "clouds", "router", "evidence", "how")
-ONE_JOB = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+# gradio_client may ask for jobs too, and waits its turn
+ONE_JOB = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "undocumented"}
 AT_ONCE = {"queue": False, "api_visibility": "private"}
 WAITING = 64  # visitors in the queue; each sees his place in it
 # the address names run, tab and question, so that it can be sent to somebody
@@ -206,8 +207,10 @@ def unlearn_tab():
 
 def compare_tab():
     with gr.Row():
-        left = gr.Dropdown([UNTOUCHED, *jobs.run_names()], value=UNTOUCHED, label="Left")
-        run = gr.Dropdown(jobs.run_names(), value=next(iter(jobs.run_names()), None), label="Run (right)")
+        # any name may be sent, and gets a sentence of ours: the list grows while the page stands open
+        names = jobs.run_names()
+        left = gr.Dropdown([UNTOUCHED, *names], value=UNTOUCHED, label="Left", allow_custom_value=True)
+        run = gr.Dropdown(names, value=next(iter(names), None), label="Run (right)", allow_custom_value=True)
         route = gr.Dropdown(ROUTES, value=ROUTES[0], label="Which experts act on the right")
     with gr.Row():
         prompt = gr.Textbox(
@@ -336,6 +339,9 @@ def evidence_view(name):
         return None, None, None, "There are no results here yet: `python -m alter_demo tofu` makes some."
     try:
         results = read_results(figures.RESULTS / f"{name}.json")
+        if figures.is_tuning(results):
+            table = figures.tried(results).reset_index().round(4)
+            return table, None, None, "Every setting that was tried; the highest score of a method is its default."
         runs = [run for run in results["runs"] if run["method"] not in figures.REFERENCES]
         methods = " ".join(dict.fromkeys(run["method"].split("/")[0] for run in runs))
         seeds = " ".join(sorted({str(run["seed"]) for run in runs}))

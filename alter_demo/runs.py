@@ -28,7 +28,7 @@ from .data import ForgetSet, Item, Sample, adapters, load_forget_set, read_set, 
 from .entropy import PUBLISHED_THRESHOLD, entropy_range, resolve_threshold
 from .errors import UserError
 from .methods import Method, get_method
-from .models import LM, RUN_NAME, check_adapter, load_model, need_disk, peak_mb, quiet, reset_peak
+from .models import LM, RUN_NAME, check_adapter, kept_memory, load_model, need_disk, peak_mb, quiet, reset_peak
 from .routing import chosen, route
 from .subdomains import discover, domain_map, fit_gate, sample_features
 from .tokens import TokenRecord, token_records
@@ -143,6 +143,7 @@ class Run:
 # ------------------------------------------------------------------------------------------------------- unlearn
 
 
+@kept_memory()
 def unlearn(
     model: LM | str = "smollm2-135m",
     forget_set: ForgetSet | str = "harry-potter",

@@ -6,6 +6,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +31,7 @@ from alter_demo.data import SETS, Item, collate, load_forget_set, render
 from alter_demo.losses import nll
 from alter_demo.training import inputs, train_config
 
+ROOT = Path(__file__).parents[1]
 VOCAB = 600
 FEW = 6  # steps of a quick run
 COLOURS = ["red", "blue", "green", "black", "white", "pink", "grey", "gold", "brown", "teal", "lime", "navy"]
@@ -142,3 +149,28 @@ def made(few, own_data):
 def quick(method="alter_selective", **kwargs):
     few = {"max_steps": FEW, "batch_size": 2, "stop_ratio": 1e-9, "probe_every": 2}
     return train_config(method, **few | kwargs)
+
+
+@pytest.fixture(scope="session")
+def server(tiny, tmp_path_factory):
+    """(address, folder) of the app as `python app.py` starts it, run folder and cache its own."""
+    folder = tmp_path_factory.mktemp("app")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = os.environ | {"GRADIO_SERVER_PORT": str(port), "ALTER_CACHE_DIR": str(folder / "cache"),
+                        "PYTHONPATH": str(ROOT)}  # fmt: skip
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen([sys.executable, str(ROOT / "app.py")], cwd=folder, env=env, stdout=log, stderr=log)
+    url, started = f"http://127.0.0.1:{port}", time.monotonic()
+    while True:
+        try:
+            assert urllib.request.urlopen(url, timeout=2).status == 200
+            break
+        except OSError:
+            assert process.poll() is None and time.monotonic() - started < 60, (folder / "log").read_text()
+            time.sleep(0.1)
+    print(f"first HTTP 200 after {time.monotonic() - started:.1f} s")
+    yield url, folder, process.pid
+    process.terminate()
+    process.wait(10)

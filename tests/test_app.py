@@ -1,51 +1,21 @@
 """The page in a real headless browser, on the tiny model: unlearn, stop, compare, tokens, hostile text, bad file."""
 
 import json
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from gradio_client import Client
 from playwright.sync_api import expect, sync_playwright
 
 from alter_demo.data import EXAMPLE
 
-ROOT = Path(__file__).parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 HOSTILE = "<img src=x onerror=window.hacked=1> ${7*7} {{7}} \\ ` </script> **b** \u202eabc 🙂"
-
-
-@pytest.fixture(scope="module")
-def server(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("app")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = os.environ | {"GRADIO_SERVER_PORT": str(port), "ALTER_CACHE_DIR": str(folder / "cache"),
-                        "PYTHONPATH": str(ROOT)}  # fmt: skip
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen([sys.executable, str(ROOT / "app.py")], cwd=folder, env=env, stdout=log, stderr=log)
-    url, started = f"http://127.0.0.1:{port}", time.monotonic()
-    while True:
-        try:
-            assert urllib.request.urlopen(url, timeout=2).status == 200
-            break
-        except OSError:
-            assert process.poll() is None and time.monotonic() - started < 60, (folder / "log").read_text()
-            time.sleep(0.1)
-    print(f"first HTTP 200 after {time.monotonic() - started:.1f} s")
-    yield url, folder
-    process.terminate()
-    process.wait(10)
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +166,26 @@ def test_stop_keeps_the_run(page, server, tiny, own_data):
     page.get_by_role("button", name="Stop and keep").click()
     expect(status(page)).to_contain_text("stopped by hand", timeout=120_000)
     assert len(set((server[1] / "runs").glob("*/metrics.json")) - before) == 1
+
+
+def test_a_closed_tab_frees_its_job_in_two_seconds(browser, server, tiny, own_data):
+    before = set((server[1] / "runs").glob("*"))
+    page = browser.new_page()
+    page.goto(server[0])
+    start(page, tiny, own_data[0], steps=200)
+    expect(status(page)).to_contain_text("Step", timeout=120_000)
+    other = Client(server[0], verbose=False, analytics_enabled=False)
+    waiting = other.submit(
+        "the untouched model", "none", "as trained", "Who?", False, 1.0, 0, 8, api_name="/compare_job"
+    )
+    page.wait_for_timeout(1000)
+    assert not waiting.done()  # it waits its turn
+    started = time.monotonic()
+    page.close()
+    assert "not a run" in waiting.result(timeout=60)[2]
+    print(f"the next visitor was answered {time.monotonic() - started:.1f} s later")
+    assert time.monotonic() - started < 2
+    assert set((server[1] / "runs").glob("*")) == before  # given up, and nothing half-written
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
