@@ -31,8 +31,9 @@ def look(figure: go.Figure, height: int = 420) -> go.Figure:
         font={"size": 14, "color": INK},
         legend={"orientation": "h", "y": -0.25},
     )
-    figure.update_xaxes(gridcolor="#88888844", zerolinecolor="#88888866")
-    return figure.update_yaxes(gridcolor="#88888844", zerolinecolor="#88888866")
+    lines = {"gridcolor": "#88888844", "zerolinecolor": "#88888866", "linecolor": INK, "tickcolor": INK}
+    figure.update_xaxes(**lines)
+    return figure.update_yaxes(**lines)
 
 
 def cloud(counts: dict[str, int], way: str = "A"):
@@ -69,7 +70,7 @@ def histogram(entropies: list[float], threshold: float, q: float) -> go.Figure:
     ):
         figure.add_bar(x=middles[on], y=counts[on], name=name, marker_color=colour, width=edges[1])
     figure.add_vline(x=threshold, line_width=3, line_color="#d55e00", annotation_text=f"threshold {threshold:.2f}")
-    figure.update_layout(xaxis_title=f"S_q of what follows the token (q = {q:g})", yaxis_title="words", bargap=0.05)
+    figure.update_layout(xaxis_title=f"S_q (q = {q:g})", yaxis_title="words", bargap=0.05)
     return look(figure)
 
 
@@ -131,5 +132,5 @@ def shares(routing: dict) -> go.Figure:
             x=share[:, e], y=sets, orientation="h", name="B_r or none" if e == 0 else EXPERT_NAMES[e],
             marker_color=COLOURS[EXPERT_NAMES[e]], text=[f"{n:.0f}" if n else "" for n in table[:, e]],
         )  # fmt: skip
-    figure.update_layout(barmode="stack", xaxis_title="share of the answer tokens (number on the bar)")
-    return look(figure, 300)
+    figure.update_layout(barmode="stack", xaxis_title="share of the answer tokens")
+    return look(figure, 360).update_layout(legend_y=-0.4)

@@ -6,6 +6,7 @@ command that made its results above it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -23,6 +24,8 @@ RESULTS = Path(__file__).parents[1] / "assets" / "results"
 ASKED = ("forget", "model", "retain_items", "limit", "kept", "tokens")
 OURS = ("alter", "alter_selective")
 COST_BASES = ("asym_lora", "grad_diff")  # what a method's seconds and memory are set beside
+SYMBOLS = ("circle", "square", "triangle-up", "triangle-down", "cross", "pentagon", "hexagon", "circle-open",
+           "square-open", "triangle-up-open", "triangle-down-open", "pentagon-open", "hexagon-open")  # fmt: skip
 BLUE, GREY, ORANGE = "#0b5fa5", "#6b7280", "#c2570c"
 SHOWN = {
     "forget_quality": "forget quality p",
@@ -76,7 +79,10 @@ def pareto(table: pd.DataFrame, x="model_utility", y="forget_quality") -> list[s
 
 
 def tradeoff(results: dict) -> go.Figure:
-    """Forget quality against model utility for all methods, the retain-only model as a star (ALTER, Fig. 4)."""
+    """Forget quality against model utility for all methods, the retain-only model as a star (ALTER, Fig. 4).
+
+    Our rows and the two references carry their names; the rivals, which may lie close together, have a symbol each.
+    """
     table = medians(results)
     figure = go.Figure()
     front = table.loc[pareto(table)]
@@ -84,18 +90,39 @@ def tradeoff(results: dict) -> go.Figure:
         x=front["model_utility"], y=front["forget_quality"], mode="lines", line={"dash": "dot", "color": GREY},
         name="Pareto front", hoverinfo="skip",
     )  # fmt: skip
+    symbols = itertools.cycle(SYMBOLS)
     for method, row in table.iterrows():
         ours, reference = method in OURS, method in REFERENCES
-        symbol = {"retain": "star", "target": "x"}.get(method, "diamond" if ours else "circle")
+        named = ours or reference
+        symbol = {"retain": "star", "target": "x"}.get(method) or ("diamond" if ours else next(symbols))
         figure.add_scatter(
-            x=[row["model_utility"]], y=[row["forget_quality"]], mode="markers+text", text=[method],
-            textposition="bottom center", name=method, showlegend=False, cliponaxis=False,
-            marker={"symbol": symbol, "size": 16 if ours or reference else 10,
+            x=[row["model_utility"]], y=[row["forget_quality"]], mode="markers+text", text=[method if named else ""],
+            textposition="bottom center", name=method, showlegend=not named, cliponaxis=False,
+            hovertemplate=f"{method}: utility %{{x:.3f}}, p %{{y:.2g}}<extra></extra>",
+            marker={"symbol": symbol, "size": 16 if named else 11,
                     "color": BLUE if ours else ORANGE if reference else GREY},
         )  # fmt: skip
     figure.update_layout(xaxis_title="model utility (higher is better)", yaxis_title="forget quality, p of the KS test")
-    figure.update_yaxes(type="log")
+    values = table["model_utility"].dropna()
+    margin = 0.2 * max(values.max() - values.min(), 0.05) if len(values) else 0
+    if len(values):
+        figure.update_xaxes(range=[values.min() - margin, values.max() + margin])  # room for the names
+    figure.update_yaxes(type="log", exponentformat="e")
     return plain_look(figure)
+
+
+def command_of(results: dict, name: str) -> str:
+    """The command that a results file comes from, read off its runs."""
+    runs = [run for run in results["runs"] if run["method"] not in REFERENCES]
+    asked = results["runs"][0]["config"]["forget"]
+    methods = " ".join(dict.fromkeys(run["method"].split("/")[0] for run in runs))
+    seeds = " ".join(sorted({str(run["seed"]) for run in runs}))
+    rounds = {run["config"]["overrides"]["rounds"] for run in runs if "rounds" in run["config"].get("overrides", {})}
+    more = f" --rounds {rounds.pop()}" if rounds else ""
+    return (
+        f"python -m alter_demo tofu --forget {asked} --methods {methods} --seeds {seeds}{more} "
+        f"--results assets/results/{name}.json"
+    )
 
 
 def cost(results: dict) -> go.Figure:

@@ -18,6 +18,14 @@ from pathlib import Path
 import gradio as gr
 import pandas as pd
 
+try:
+    from spaces import GPU  # on a Space with ZeroGPU a function asks for the GPU; elsewhere it changes nothing
+except ImportError:
+
+    def GPU(duration: int):
+        return lambda function: function
+
+
 from .data import EXAMPLE
 from .errors import Interrupted, UserError
 from .models import INTERRUPT, RUN_NAME
@@ -27,6 +35,7 @@ JOB = threading.Lock()  # held while a model trains or answers
 STOP: dict[str, threading.Event] = {}  # session -> asked to stop and keep
 OWNER: list[str] = []  # session whose job is running
 LOADED: dict[str, object] = {}  # runs in memory by path, two at most
+GPU_SECONDS = 120  # that a job may hold a lent GPU
 TICK = 0.5  # seconds between two updates of the page
 LOSS_COLUMNS = ["step", "value", "part"]
 LIVE_COLUMNS = ["set", "question", "at the start", "now"]
@@ -145,6 +154,7 @@ def read_example() -> dict | None:
 # -------------------------------------------------------------------------------------------------------- unlearn
 
 
+@GPU(duration=GPU_SECONDS)
 def unlearn_job(model, forget, upload, method, steps, rank, experts, limit, seed, request: gr.Request):
     """Yields (status, loss, live answers, numbers, answers, files, run name); the work is done in a thread."""
     stop = STOP[request.session_hash] = threading.Event()
@@ -240,6 +250,7 @@ def number_rows(metrics: dict) -> list[list[str]]:
 # -------------------------------------------------------------------------------------------------------- compare
 
 
+@GPU(duration=GPU_SECONDS)
 def compare_job(left, right, route, prompt, sampled, temperature, seed, length, request: gr.Request):
     """Yields (left answer, right answer, status); answers are [(text, mark or None), ...]."""
     if not prompt.strip():
@@ -303,6 +314,7 @@ def marked(left: str, right: str) -> tuple[list, list]:
 # --------------------------------------------------------------------------------------------------------- tokens
 
 
+@GPU(duration=GPU_SECONDS)
 def xray_job(name, text, question, request: gr.Request):
     """(X-ray data, status)."""
     try:
@@ -329,6 +341,7 @@ def xray_file(data):
     return gr.File(str(path), visible=True), "Saved: one HTML file that needs nothing else."
 
 
+@GPU(duration=GPU_SECONDS)
 def heat_job(name, text, request: gr.Request):
     """(heat map, status): the same text as tokens by experts."""
     try:
@@ -343,6 +356,7 @@ def heat_job(name, text, request: gr.Request):
         return gr.skip(), sentence(error)
 
 
+@GPU(duration=GPU_SECONDS)
 def clouds_job(name, source, text, request: gr.Request):
     """Yields ({"words": [(word, S_q, expert), ...], "threshold", "q"}, status)."""
     yield gr.skip(), "Loading the model and reading."

@@ -7,6 +7,7 @@ show it as text.
 from __future__ import annotations
 
 import os
+import warnings
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
@@ -77,7 +78,8 @@ def build() -> gr.Blocks:
             with gr.Tab("Evidence", id="evidence") as evidence:
                 evidence_tab(evidence)
             with gr.Tab("How it works, and its limits", id="how"):
-                gr.HTML((STATIC / "architecture.svg").read_text(encoding="utf-8"), elem_id="architecture")
+                drawing = (STATIC / "architecture.svg").read_text(encoding="utf-8")
+                gr.HTML(f'<div class="wide" tabindex="0">{drawing}</div>', elem_id="architecture")
                 gr.Markdown((STATIC / "how.md").read_text(encoding="utf-8"), latex_delimiters=LATEX)
         begin.click(lambda: gr.Tabs(selected="unlearn"), None, tabs, **AT_ONCE)
         finished.then(choose_run, name, run, **AT_ONCE)
@@ -193,7 +195,7 @@ def unlearn_tab():
     )  # fmt: skip
     answers = gr.Dataframe(
         headers=["group", "question", "before", "after"], interactive=False, wrap=True, max_height=420,
-        label="Answers before and after", column_widths=["12%", "28%", "30%", "30%"],
+        label="Answers before and after", column_widths=["12%", "28%", "30%", "30%"], elem_id="answers",
     )  # fmt: skip
     saved = gr.File(label="Adapter and record as a zip, metrics as JSON", visible=False, elem_id="saved")
     name = gr.State("")
@@ -270,7 +272,7 @@ def clouds_tab(run) -> None:
     status = gr.Markdown("", elem_id="clouds-status")
     threshold = gr.Slider(0.01, 3.0, 1.2, step=0.01, label="Threshold of S_q: above it a word is uncertain")
     histogram = gr.Plot(label="How many words have which S_q")
-    gallery = gr.Gallery(label="Word clouds", columns=3, object_fit="contain", height=900, elem_id="clouds")
+    gallery = gr.Gallery(label="Word clouds", columns=3, object_fit="contain", elem_id="clouds")
     table = gr.Dataframe(
         headers=["way", "word", "times"], interactive=False, label="The same, sorted", max_height=360,
         elem_id="cloud-words",
@@ -291,8 +293,8 @@ def router_tab(router, run) -> None:
     with gr.Row():
         domains = gr.Plot(label="Sub-domains, as the router sees the questions")
         nearest = gr.Dataframe(
-            headers=["sub-domain", "questions nearest to its centre"], interactive=False, wrap=True, max_height=420,
-            label="Nearest questions",
+            headers=["domain", "questions nearest to its centre"], interactive=False, wrap=True, max_height=420,
+            label="Nearest questions", column_widths=["25%", "75%"], elem_id="nearest",
         )  # fmt: skip
     with gr.Row():
         text = gr.Textbox(
@@ -336,28 +338,39 @@ def evidence_view(name):
     from .grid import read_results
 
     if not name or name not in {p.stem for p in figures.RESULTS.glob("*.json")}:
-        return None, None, None, "There are no results here yet: `python -m alter_demo tofu` makes some."
+        return shown(), drawn(), drawn(), "There are no results here yet: `python -m alter_demo tofu` makes some."
     try:
         results = read_results(figures.RESULTS / f"{name}.json")
         if figures.is_tuning(results):
-            table = figures.tried(results).reset_index().round(4)
-            return table, None, None, "Every setting that was tried; the highest score of a method is its default."
-        runs = [run for run in results["runs"] if run["method"] not in figures.REFERENCES]
-        methods = " ".join(dict.fromkeys(run["method"].split("/")[0] for run in runs))
-        seeds = " ".join(sorted({str(run["seed"]) for run in runs}))
-        forget = results["runs"][0]["config"]["forget"]
-        command = (
-            f"`python -m alter_demo tofu --forget {forget} --methods {methods} --seeds {seeds} "
-            f"--results assets/results/{name}.json`"
-        )
+            said = "Every setting that was tried; the highest score of a method is its default."
+            return shown(figures.tried(results).reset_index()), drawn(), drawn(), said
+        command = f"`{figures.command_of(results, name)}`"
         if any("/" in run["method"] for run in results["runs"]):
-            table = figures.by_round(results).reset_index().round(4)
-            return table, charts.look(figures.sequential(results)), None, command
-        table = figures.medians(results).reset_index().round(4)
+            table = figures.by_round(results).reset_index()
+            return shown(table), drawn(charts.look(figures.sequential(results))), drawn(), command
+        table = figures.medians(results).reset_index()
         cost = charts.look(figures.cost(results)) if set(table["method"]) & set(figures.COST_BASES) else None
-        return table, charts.look(figures.tradeoff(results)), cost, command
+        table = table.rename(columns=figures.SHOWN)
+        return shown(table), drawn(charts.look(figures.tradeoff(results), 560)), drawn(cost), command
     except (UserError, IndexError, KeyError) as error:
-        return None, None, None, jobs.sentence(error)
+        return shown(), drawn(), drawn(), jobs.sentence(error)
+
+
+def shown(table=None) -> gr.Dataframe:
+    """A table with three digits of each number: a p-value of 1e-11 is not 0."""
+    if table is None:
+        return gr.Dataframe(None)
+
+    def cell(v) -> str:
+        return str(v) if not isinstance(v, float) else "" if v != v else f"{v:.0f}" if abs(v) >= 1000 else f"{v:.3g}"
+
+    text = table.map(cell)
+    widths = ["170px"] + ["120px"] * (len(text.columns) - 1)
+    return gr.Dataframe(text, column_widths=widths)
+
+
+def drawn(figure=None) -> gr.Plot:
+    return gr.Plot(figure, visible=figure is not None)
 
 
 # ------------------------------------------------------------------------------------------------------------ launch
@@ -368,9 +381,10 @@ def launch(demo: gr.Blocks, **kwargs):
     theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"]).set(
         button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800"
     )
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about itself
     demo.queue(max_size=WAITING)
     options = {"ssr_mode": False, "show_error": False, "max_file_size": "50mb", "share": False, "theme": theme}
     css = "\n".join((STATIC / name).read_text(encoding="utf-8") for name in ("page.css", "xray.css"))
-    options |= {"css": css, "js": MEND, "run_history": False}
+    options |= {"css": css, "js": MEND, "run_history": False, "footer_links": ["settings"]}
     options["server_name"] = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
     return demo.launch(**options | kwargs)

@@ -115,9 +115,20 @@ class Run:
     @contextmanager
     def only(self, force):
         """Context in which every token goes one way: "off", "r", or the number of a forgetting expert."""
+        with self.routing(force, None):
+            yield
+
+    @contextmanager
+    def following(self, plan):
+        """Context that gives the unlearned model, its tokens routed by `plan`; None where the method has no router."""
+        with self.routing(self.router.state.force, plan) if plan else nullcontext():
+            yield self.model
+
+    @contextmanager
+    def routing(self, force, plan):
         state = self.router.state
         before = state.force, state.plan
-        state.force, state.plan = force, None
+        state.force, state.plan = force, plan
         try:
             yield
         finally:

@@ -60,10 +60,13 @@ def token_records(run, text: str, question: str | None = None, top: int = TOP_K)
         raise UserError(f"The text has {len(ids)} tokens, and {MAX_TOKENS} is the most.")
     batch = torch.tensor([ids], device=lm.device)
     with run.side(False) as model:
-        before = model(input_ids=batch, use_cache=False).logits[0]
-    after, plan, config = run.model(input_ids=batch, use_cache=False).logits[0], None, None
-    if run.routed:
-        plan, config = run.router.state.last_plan, run.router.config
+        out = model(input_ids=batch, use_cache=False, output_hidden_states=run.routed)
+    before, plan, config = out.logits[0], None, run.router.config if run.routed else None
+    if config:  # the plan follows from the frozen pass, which need not be run twice
+        entropy = tsallis_entropy(out.logits, config.q)
+        plan, _ = run.router.plan(out.hidden_states[config.feature_layer], entropy, torch.ones_like(batch))
+    with run.following(plan) as model:
+        after = model(input_ids=batch, use_cache=False).logits[0]
     q, threshold = (config.q, config.threshold) if config else (1.5, PUBLISHED_THRESHOLD)
     entropies = torch.stack([tsallis_entropy(before, x) for x in QS], -1)  # (T, |QS|)
     entropy = plan.entropy[0] if plan else tsallis_entropy(before, q)

@@ -159,6 +159,27 @@ def test_a_whole_run_then_every_tab(page, server, tiny, own_data):
     expect(page.get_by_label("Run (right)")).to_have_value(run.name)
 
 
+def test_hostile_data_is_text_on_every_tab(page, server, tiny, tmp_path):
+    """Questions and answers of a person's file come back in tables, charts and clouds."""
+    file = tmp_path / "<img src=x onerror=window.hacked=2>.jsonl"
+    rows = [
+        {"question": f"{i} {HOSTILE}?", "answer": f"<b onclick=window.hacked=3>{i}</b> {HOSTILE}"} for i in range(8)
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    make_run(page, tiny, file, steps=2)
+    for place in ("#live", "#answers"):
+        expect(page.locator(place)).to_contain_text("${7*7} {{7}}")
+        assert page.locator(f"{place} img[src=x]").count() == 0
+    go(page, "Router")
+    expect(page.locator("#router-status")).to_contain_text("own record", timeout=60_000)
+    expect(page.locator("#nearest")).to_contain_text("<img src=x onerror=window.hacked=1>", timeout=30_000)
+    go(page, "Word clouds")
+    page.get_by_role("button", name="Draw the clouds").click()
+    expect(page.locator("#clouds-status")).to_contain_text("words of", timeout=120_000)
+    expect(page.locator("#clouds img").first).to_be_visible(timeout=60_000)
+    assert page.evaluate("window.hacked") is None and page.locator("img[src=x]").count() == 0
+
+
 def test_stop_keeps_the_run(page, server, tiny, own_data):
     before = set((server[1] / "runs").glob("*/metrics.json"))
     start(page, tiny, own_data[0], steps=200)

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -10,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import COLOURS
+from conftest import COLOURS, ROOT
 from gradio_client import Client, handle_file
 
 VISITORS = 20
@@ -165,6 +167,19 @@ def test_a_run_with_pickled_weights_is_refused(server, run):
         assert "pickled weights are not loaded" in re.sub(r"&#\d+;", "", said), said
     finally:
         shutil.rmtree(folder)
+
+
+def test_on_a_space_every_job_asks_for_the_gpu():
+    """`spaces` exists on Spaces only, so a stand-in notes what was decorated."""
+    script = (
+        "import sys, types; seen = []; spaces = types.ModuleType('spaces')\n"
+        "spaces.GPU = lambda duration: lambda f: seen.append(f.__name__) or f\n"
+        "sys.modules['spaces'] = spaces\n"
+        "import alter_demo.jobs, alter_demo.pages\n"
+        "alter_demo.pages.build(); print(' '.join(seen)); assert 'torch' not in sys.modules"
+    )
+    out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {"unlearn_job", "compare_job", "xray_job", "clouds_job", "heat_job"} == set(out.split())
 
 
 def test_memory_stays_where_it_is(server, tiny, tmp_path):
