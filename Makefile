@@ -21,7 +21,7 @@ help:  ## this list
 demo: .venv/.app  ## set up and start the app on http://127.0.0.1:7860
 	$(BIN)/python app.py
 
-test: .venv/.dev browser  ## set up and run the whole test suite (about 15 minutes on 2 cores)
+test: .venv/.dev browser  ## set up and run the whole test suite (about 20 minutes on 2 cores)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest

@@ -172,13 +172,13 @@ class Method:
 
 
 WEIGHTS = {"forget": "beta", "retain": "gamma", "structure": "structure", "refusal": "refusal"}
-FULL = {"max_steps": 60, "probe_every": 3, "lr": 3e-5, "retention": "nll"}
+FULL = {"max_steps": 60, "probe_every": 3, "lr": 5e-5, "retention": "nll"}
 LORA = {"max_steps": 60, "probe_every": 3, "lr": 1e-3, "retention": "nll"}
 KL = {"retention": "distill"}
 
 METHODS: dict[str, Method] = {
     "grad_ascent": Method({"forget": ascent}, "full", "Maini et al. 2024", FULL),
-    "grad_diff": Method({"forget": ascent, "retain": keep}, "full", "Maini et al. 2024", FULL),
+    "grad_diff": Method({"forget": ascent, "retain": keep}, "full", "Maini et al. 2024", FULL | {"lr": 1e-4}),
     "kl_min": Method({"forget": ascent, "retain": keep}, "full", "Maini et al. 2024", FULL | KL),
     "npo": Method({"forget": npo}, "full", "Zhang et al. 2024", FULL),
     "npo_kl": Method({"forget": npo, "retain": keep}, "full", "Zhang et al. 2024", FULL | KL),

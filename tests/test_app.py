@@ -11,8 +11,10 @@ from gradio_client import Client
 from playwright.sync_api import expect, sync_playwright
 
 from alter_demo.data import EXAMPLE
+from alter_demo.models import built_in
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+UNEXPECTED = re.compile("Traceback|Error:")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 HOSTILE = "<img src=x onerror=window.hacked=1> ${7*7} {{7}} \\ ` </script> **b** \u202eabc 🙂"
@@ -187,6 +189,30 @@ def test_stop_keeps_the_run(page, server, tiny, own_data):
     page.get_by_role("button", name="Stop and keep").click()
     expect(status(page)).to_contain_text("stopped by hand", timeout=120_000)
     assert len(set((server[1] / "runs").glob("*/metrics.json")) - before) == 1
+
+
+@pytest.mark.slow
+def test_the_built_in_model_forgets_on_the_page_and_stops_when_asked(page, server):
+    own = server[1] / "cache" / "smollm2-135m"
+    if not own.exists():
+        own.parent.mkdir(parents=True, exist_ok=True)
+        own.symlink_to(built_in("smollm2-135m"))
+    go(page, "Unlearn")
+    page.get_by_role("button", name="More settings").click()
+    set_slider(page, "Questions per group to measure with", 4)
+    page.get_by_role("button", name="Unlearn", exact=True).click()
+    expect(status(page)).to_contain_text("loading the model", ignore_case=True, timeout=30_000)
+    expect(status(page)).to_contain_text("Step 2 of at most 120", timeout=400_000)
+    expect(page.locator("#live")).to_contain_text("Harry Potter")
+    page.get_by_role("button", name="Stop and keep").click()
+    expect(status(page)).to_contain_text("stopped by hand", timeout=400_000)
+    expect(page.locator("#answers")).to_contain_text("Hogwarts")  # what it said before
+    go(page, "Compare")
+    page.get_by_label("Question", exact=True).fill("Who wrote The Hobbit?")
+    page.get_by_role("button", name="Ask both").click()
+    expect(page.locator("#compare-status")).to_contain_text(" s)", timeout=120_000)
+    expect(page.locator("#after")).to_contain_text("Tolkien")  # a neighbour, kept
+    assert not UNEXPECTED.search((server[1] / "log").read_text())
 
 
 def test_a_closed_tab_frees_its_job_in_two_seconds(browser, server, tiny, own_data):

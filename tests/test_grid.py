@@ -13,6 +13,7 @@ from alter_demo.data import ForgetSet, Item, general_items
 from alter_demo.errors import UserError
 from alter_demo.grid import GridConfig, How
 from alter_demo.methods import METHODS
+from alter_demo.training import train_config
 
 ROOT = Path(__file__).parents[1]
 FEW = {"max_steps": 2, "batch_size": 2, "probe_every": 1}
@@ -147,6 +148,29 @@ def test_tables_and_figures_come_from_the_results(tmp_path):
     assert again == written and (tmp_path / "README.md").read_text() == readme
 
 
+def test_several_values_of_a_setting_are_tried_and_the_best_is_shown(small, tmp_path, capsys):
+    path = tmp_path / "tuning.json"
+    values = {"max_steps": 2, "batch_size": 2, "probe_every": 1, "lr": [1e-3, 1e-2]}
+    results = grid.grid(small, ["grad_diff", "lora"], [0], How(path, values))
+    tried = figures.tried(results)
+    assert len(tried) == 4 and tried.loc["lora"]["model_utility"].nunique() == 2
+    best = figures.chosen_settings(results)
+    for method in ("grad_diff", "lora"):
+        rows = tried.loc[method]["score"]
+        assert json.dumps(best[method], sort_keys=True) == rows.idxmax()
+    assert figures.is_tuning(results) and not figures.is_tuning(made_up())
+    text = figures.table_of(results)
+    assert text.count("**") == 4 and text.count("lr 0.001") == 2
+    with pytest.raises(UserError, match="one value"):
+        grid.sequential(small, ["lora"], [0], 3, How(path, values))
+
+
+def test_defaults_are_the_settings_that_measured_best():
+    for method, setting in figures.chosen_settings(grid.read_results(figures.RESULTS / "tuning.json")).items():
+        own = train_config(method)
+        assert {k: getattr(own, k) for k in setting} == setting, method
+
+
 def test_an_item_is_lost_at_most(small, tmp_path, monkeypatch):
     """Killed while it writes: the file is the old one, whole."""
     path = tmp_path / "r.json"
@@ -199,7 +223,7 @@ def test_experts_are_handed_on(taught, small):
 
 def test_the_readme_holds_the_stored_results_and_nothing_else():
     text = (ROOT / "README.md").read_text()
-    tables = {p.stem: figures.markdown(grid.read_results(p)) for p in figures.RESULTS.glob("*.json")}
+    tables = {p.stem: figures.table_of(grid.read_results(p)) for p in figures.RESULTS.glob("*.json")}
     tables["harry-potter"] = figures.run_markdown(json.loads(data.EXAMPLE.read_text()))
     assert {"imaginary-authors", "tofu"} <= set(tables)
     for name, table in tables.items():
