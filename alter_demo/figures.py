@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 
 from .data import EXAMPLE
 from .errors import UserError
-from .grid import REFERENCES, read_results
+from .grid import REFERENCES, SIZES, read_results
 
 RESULTS = Path(__file__).parents[1] / "assets" / "results"
 ASKED = ("forget", "model", "retain_items", "limit", "kept", "tokens")
@@ -111,18 +111,27 @@ def tradeoff(results: dict) -> go.Figure:
     return plain_look(figure)
 
 
-def command_of(results: dict, name: str) -> str:
-    """The command that a results file comes from, read off its runs."""
+def commands_of(results: dict, name: str) -> list[str]:
+    """The commands that a results file comes from, read off its runs: one for each set of values that were tried."""
     runs = [run for run in results["runs"] if run["method"] not in REFERENCES]
-    asked = results["runs"][0]["config"]["forget"]
-    methods = " ".join(dict.fromkeys(run["method"].split("/")[0] for run in runs))
-    seeds = " ".join(sorted({str(run["seed"]) for run in runs}))
-    rounds = {run["config"]["overrides"]["rounds"] for run in runs if "rounds" in run["config"].get("overrides", {})}
-    more = f" --rounds {rounds.pop()}" if rounds else ""
-    return (
-        f"python -m alter_demo tofu --forget {asked} --methods {methods} --seeds {seeds}{more} "
-        f"--results assets/results/{name}.json"
-    )
+    asked = results["runs"][0]["config"]
+    size = next((k for k, v in SIZES.items() if v and all(asked.get(x) == v[x] for x in ("limit", "kept"))), "cpu")
+    tried: dict[str, dict[str, list]] = {}  # method -> setting -> values
+    for run in runs:
+        own = tried.setdefault(run["method"].split("/")[0], {})
+        for key, value in (run["config"].get("overrides") or {}).items():
+            own[key] = [*dict.fromkeys([*own.get(key, []), value])]
+    found = []
+    for values in [v for k, v in enumerate(tried.values()) if v not in list(tried.values())[:k]]:
+        rounds = values.get("rounds", [])
+        listed = [f"{k}={','.join(f'{x:g}' for x in v)}" for k, v in values.items() if k != "rounds"]
+        seeds = sorted({str(run["seed"]) for run in runs})
+        parts = ["python -m alter_demo tofu --forget", asked["forget"], *(["--size", size] if size != "cpu" else [])]
+        parts += ["--methods", *(m for m, v in tried.items() if v == values), "--seeds", *seeds]
+        parts += [f"--rounds {rounds[0]}"] if rounds else []
+        parts += ["--set", *listed] if listed else []
+        found.append(" ".join([*parts, f"--results assets/results/{name}.json"]))
+    return found
 
 
 def cost(results: dict) -> go.Figure:

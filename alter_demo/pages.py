@@ -319,10 +319,10 @@ def evidence_tab(evidence) -> None:
     table = gr.Dataframe(interactive=False, wrap=True, label="Medians over the seeds")
     with gr.Row():
         first, second = gr.Plot(label="Utility against forgetting, or over the rounds"), gr.Plot(label="Cost")
-    evidence.select(results_files, None, file, **AT_ONCE).then(
-        evidence_view, file, [table, first, second, status], **AT_ONCE
-    )
-    file.input(evidence_view, file, [table, first, second, status], **AT_ONCE)
+    # no spinner: it would make the empty status line a region that scrolls
+    view = {"fn": evidence_view, "inputs": file, "outputs": [table, first, second, status], "show_progress": "hidden"}
+    evidence.select(results_files, None, file, show_progress="hidden", **AT_ONCE).then(**view, **AT_ONCE)
+    file.input(**view, **AT_ONCE)
 
 
 def results_files() -> gr.Dropdown:
@@ -341,10 +341,10 @@ def evidence_view(name):
         return shown(), drawn(), drawn(), "There are no results here yet: `python -m alter_demo tofu` makes some."
     try:
         results = read_results(figures.RESULTS / f"{name}.json")
+        command = "\n\n".join(f"`{c}`" for c in figures.commands_of(results, name))
         if figures.is_tuning(results):
-            said = "Every setting that was tried; the highest score of a method is its default."
+            said = f"Every setting that was tried; the highest score of a method is its default.\n\n{command}"
             return shown(figures.tried(results).reset_index()), drawn(), drawn(), said
-        command = f"`{figures.command_of(results, name)}`"
         if any("/" in run["method"] for run in results["runs"]):
             table = figures.by_round(results).reset_index()
             return shown(table), drawn(charts.look(figures.sequential(results))), drawn(), command

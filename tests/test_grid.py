@@ -158,6 +158,8 @@ def test_several_values_of_a_setting_are_tried_and_the_best_is_shown(small, tmp_
     runs[1]["metrics"] |= {"forget_quality": 0.5, "model_utility": 0.5}  # the tiny model's own utility is 0
     assert figures.chosen_settings(results)["lora"]["lr"] == 1e-2
     assert figures.is_tuning(results) and not figures.is_tuning(made_up())
+    (command,) = figures.commands_of(results, "tuning")
+    assert "--methods grad_diff lora --seeds 0 --set max_steps=2 batch_size=2 probe_every=1 lr=0.001,0.01" in command
     text = figures.table_of(results)
     assert text.count("**") == 4 and text.count("lr 0.001") == 2
     with pytest.raises(UserError, match="one value"):
