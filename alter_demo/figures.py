@@ -239,12 +239,15 @@ def is_tuning(results: dict) -> bool:
     return bool(own) and all(o and "rounds" not in o for o in own)
 
 
+def has_rounds(results: dict) -> bool:
+    return any("/" in run["method"] for run in results["runs"])
+
+
 def table_of(results: dict) -> str:
     """The README's table of a results file: of a grid, of rounds, or of what was tried."""
     if is_tuning(results):
         return tuning_markdown(results)
-    rounds = any("/" in run["method"] for run in results["runs"])
-    return rounds_markdown(results) if rounds else markdown(results)
+    return rounds_markdown(results) if has_rounds(results) else markdown(results)
 
 
 def rounds_markdown(results: dict) -> str:
@@ -309,7 +312,7 @@ def report(folder: Path = RESULTS, readme: Path = Path("README.md")) -> list[Pat
         text = fill(text, file.stem, table_of(results))
         if is_tuning(results):
             continue
-        rounds = any("/" in run["method"] for run in results["runs"])
+        rounds = has_rounds(results)
         drawings = [("rounds", sequential)] if rounds else [("tradeoff", tradeoff)]
         if {run["method"] for run in results["runs"]} & set(COST_BASES):
             drawings.append(("cost", cost))

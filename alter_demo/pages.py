@@ -345,7 +345,7 @@ def evidence_view(name):
         if figures.is_tuning(results):
             said = f"Every setting that was tried; the highest score of a method is its default.\n\n{command}"
             return shown(figures.tried(results).reset_index()), drawn(), drawn(), said
-        if any("/" in run["method"] for run in results["runs"]):
+        if figures.has_rounds(results):
             table = figures.by_round(results).reset_index()
             return shown(table), drawn(charts.look(figures.sequential(results))), drawn(), command
         table = figures.medians(results).reset_index()

@@ -126,6 +126,7 @@ class Run:
 
     @contextmanager
     def routing(self, force, plan):
+        """Context with the router's force and plan, which are put back after it."""
         state = self.router.state
         before = state.force, state.plan
         state.force, state.plan = force, plan

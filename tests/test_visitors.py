@@ -69,7 +69,8 @@ def test_twenty_visitors_one_job_at_a_time_and_no_answer_for_another(server, run
         working = max(working, sum(s.code.name in ("PROCESSING", "ITERATING") for s in now))
         time.sleep(0.05)
     together = [answers_of(job.result(timeout=10)) for job in jobs]
-    assert len(places) >= 5 and working >= 1  # the others were told their place
+    assert len(places) >= 5  # the others were told their place
+    assert 1 <= working <= 2  # one ends and the next begins between two looks; without a queue it would be all
     alone = [answers_of(ask(clients[0], run, q).result(timeout=60)) for q in questions]
     assert together == alone and len(set(together)) > VISITORS / 2
 
@@ -155,7 +156,7 @@ def test_models_that_are_none(server, tiny, model, sentence):
 @pytest.mark.parametrize("name", ["../secret", "/etc", "..", ".hidden", "a/b", "<b>x</b>", "none-such"])
 def test_runs_outside_the_folder_are_refused(server, run, name):
     said = ask(visitor(server), name, "Who?").result(timeout=60)[2]
-    assert re.search("not the name of a run|is not a run|not in the list", re.sub(r"&#(\d+);", " ", said)), said
+    assert re.search("not the name of a run|is not a run", re.sub(r"&#(\d+);", " ", said)), said
 
 
 def test_a_run_with_pickled_weights_is_refused(server, run):
