@@ -25,32 +25,49 @@ BATCH_TOKENS = 8192  # of a batch that is generated
 SCORED_TOKENS = 2048  # of a batch that is scored: compute-bound, so no larger than the processor likes
 
 
-@torch.no_grad()
-def greedy(lm: LM, prompts: list[str], max_new_tokens: int = 64, model=None, tick=None) -> list[str]:
+def greedy(
+    lm: LM, prompts: list[str], max_new_tokens: int = 64, model=None, tick=None, leads: list[str] | None = None
+) -> list[str]:
     """Greedy answers, in the order of `prompts`, generated in left-padded batches of similar length.
 
     Args:
         model: the adapted model, `lm.model` by default.
         tick: called with (done, all).
+        leads: what each answer is made to begin with; the rest is returned.
     """
-    model = model or lm.model
-    samples = [Sample(render_prompt(lm.tokenizer, p), 0) for p in prompts]
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=lm.tokenizer.pad_token_id,
-        eos_token_id=eos_ids(lm),
-    )
-    answers, done = [""] * len(prompts), 0
-    for batch in length_batches([len(s.ids) + max_new_tokens for s in samples], BATCH_TOKENS):
+    begun = leads or [""] * len(prompts)
+    inputs = [
+        render_prompt(lm.tokenizer, p) + (lm.tokenizer(x, add_special_tokens=False).input_ids if x else [])
+        for p, x in zip(prompts, begun, strict=True)
+    ]
+    return [a for (a,) in generated(lm, inputs, model, tick, max_new_tokens=max_new_tokens, do_sample=False)]
+
+
+def sampled(lm: LM, prompts: list[str], n: int, max_new_tokens: int = 64, model=None, seed: int = 0) -> list[list[str]]:
+    """n answers to each prompt drawn at temperature 1 from the whole vocabulary."""
+    torch.manual_seed(seed)
+    inputs = [render_prompt(lm.tokenizer, p) for p in prompts]
+    drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": n}
+    return generated(lm, inputs, model, max_new_tokens=max_new_tokens, **drawn)
+
+
+@torch.no_grad()
+def generated(lm: LM, inputs: list[list[int]], model=None, tick=None, **how) -> list[list[str]]:
+    """What follows each row of token ids: one text, or `num_return_sequences`; `how` are GenerationConfig's values."""
+    model, copies = model or lm.model, how.get("num_return_sequences", 1)
+    samples = [Sample(ids, 0) for ids in inputs]
+    config = GenerationConfig(pad_token_id=lm.tokenizer.pad_token_id, eos_token_id=eos_ids(lm), **how)
+    answers, done = [[] for _ in inputs], 0
+    lengths = [(len(s.ids) + how["max_new_tokens"]) * copies for s in samples]
+    for batch in length_batches(lengths, BATCH_TOKENS):
         b = collate([samples[i] for i in batch], lm.tokenizer.pad_token_id, lm.device)
         out = model.generate(input_ids=b["input_ids"], attention_mask=b["attention_mask"], generation_config=config)
+        said = lm.tokenizer.batch_decode(out[:, b["input_ids"].shape[1] :], skip_special_tokens=True)
         for row, i in enumerate(batch):
-            new = out[row, b["input_ids"].shape[1] :]
-            answers[i] = lm.tokenizer.decode(new, skip_special_tokens=True).strip()
+            answers[i] = [x.strip() for x in said[row * copies : (row + 1) * copies]]
         done += len(batch)
         if tick:
-            tick(done, len(prompts))
+            tick(done, len(inputs))
     return answers
 
 

@@ -1,4 +1,4 @@
-"""The command line: python -m alter_demo unlearn | compare | inspect | bench | learn | prepare."""
+"""The command line: python -m alter_demo unlearn | compare | inspect | bench | learn | tofu | attack | ..."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ EXAMPLES = """examples:
   python -m alter_demo inspect "Harry Potter goes to school at Hogwarts." --run runs/mine
   python -m alter_demo bench --json
 """
+
+
+ATTACKED = ["alter_selective", "alter", "npo", "grad_diff", "rmu", "lora"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -123,6 +126,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--rounds", type=int, help="forget the set in so many rounds, each from the last (sequential)")
     sub.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE[,VALUE...]", help="TrainConfig values to try")
     sub.add_argument("--results", type=Path, default=Path("assets/results/tofu.json"), help="results file")
+
+    sub = command("attack", do_attack, "Unlearn, then try to get it back: prompts, samples, rounding, relearning.")
+    model_options(sub)
+    sub.add_argument("--forget", default="imaginary-authors", help="imaginary-authors, tofu-forget01, 05 or 10")
+    sub.add_argument("--size", default="cpu", help="cpu, full, tune or small, as in tofu")
+    sub.add_argument("--methods", nargs="+", default=ATTACKED, help="some of methods.METHODS")
+    sub.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="random seeds")
+    sub.add_argument("--items", type=int, default=24, help="forget questions asked")
+    sub.add_argument("--results", type=Path, default=Path("assets/results/attacks.json"), help="results file")
 
     sub = command("evaluate", do_evaluate, "Figures of an evaluation log (ours, open-unlearning's, TOFU's), as JSON.")
     sub.add_argument("--logs", type=Path, required=True, help="the log")
@@ -251,22 +263,13 @@ def do_learn(args) -> None:
 
 
 def do_tofu(args) -> None:
-    from .grid import How, grid, grid_config, sequential
+    from .grid import grid, sequential
     from .methods import METHODS
-    from .models import choose_device
 
-    config = grid_config(args.size, forget=args.forget, model=args.model, limit=args.limit)
-    if args.forget == "imaginary-authors":
-        config.retain_items = None  # all ten authors are small enough, and their adapters are in assets/
     methods = list(METHODS) if args.methods == ["all"] else args.methods
-    if args.dtype == "auto" and choose_device(args.device) == "cpu":
-        args.dtype = "float32"  # so that the figures come back on another processor
-    stop = Stop("this step; finished items are kept")
+    config = grid_of(args)
     with Bars() as bars:
-        how = How(
-            args.results, settings(args.set), args.device, args.dtype, bars.step, bars.stage, lambda: stop.asked
-        )  # fmt: skip
-        rounds = args.rounds
+        how, rounds = how_of(args, bars, settings(args.set)), args.rounds
         results = (
             grid(config, methods, args.seeds, how)
             if rounds is None
@@ -278,6 +281,45 @@ def do_tofu(args) -> None:
         cells = [f"{m[k]:.3g}" if k in m else "" for k in ("forget_quality", "model_utility", "extraction_strength")]
         cost = run.get("steps", ""), run.get("seconds", {}).get("unlearn", ""), run.get("peak_memory_mb", "")
         table.add_row(run["method"], str(run["seed"]), *cells, *map(str, cost))
+    console().print(table)
+
+
+def grid_of(args):
+    """The GridConfig that a benchmark's options ask for."""
+    from .grid import grid_config
+
+    config = grid_config(args.size, forget=args.forget, model=args.model, limit=getattr(args, "limit", None))
+    if args.forget == "imaginary-authors":
+        config.retain_items = None  # all ten authors are small enough, and their adapters are in assets/
+    return config
+
+
+def how_of(args, bars, overrides: dict | None = None):
+    """Where a benchmark's results go; Ctrl-C ends it after the step."""
+    from .grid import How
+    from .models import choose_device
+
+    if args.dtype == "auto" and choose_device(args.device) == "cpu":
+        args.dtype = "float32"  # so that the figures come back on another processor
+    stop = Stop("this step; finished items are kept")
+    return How(
+        args.results, overrides or {}, args.device, args.dtype, bars.step, bars.stage, lambda: stop.asked
+    )  # fmt: skip
+
+
+def do_attack(args) -> None:
+    from .attacks import AttackConfig, attack_grid
+
+    if args.items < 2:
+        raise UserError("The attacks need at least 2 questions.")
+    config = grid_of(args)
+    with Bars() as bars:
+        results = attack_grid(config, args.methods, args.seeds, how_of(args, bars), AttackConfig(items=args.items))
+    shown = ("before", "asked", "paraphrased", "prefix_forced", "neutral_text", "int4", "relearn_forget_10")
+    table = new_table("method", "seed", *(f"{k}, ROUGE-L" for k in shown), "leaks")
+    for run in results["runs"]:
+        cells = [f"{run['metrics'].get(f'{k}_ROUGE', float('nan')):.3f}" for k in shown]
+        table.add_row(run["method"], str(run["seed"]), *cells, str(len(run.get("leaks", ()))))
     console().print(table)
 
 

@@ -162,7 +162,18 @@ class Bench:
     def done(self, method: str, seed: int, overrides: dict) -> bool:
         return identity(method, seed, self.config, overrides) in {r["id"] for r in self.results["runs"]}
 
-    def unlearn(self, lm, made: ForgetSet, method: str, seed: int, values: dict, name: str, experts=None, seen=None):
+    def unlearn(
+        self,
+        lm,
+        made: ForgetSet,
+        method: str,
+        seed: int,
+        values: dict,
+        name: str,
+        experts=None,
+        seen=None,
+        evaluate=True,
+    ):
         """One run with `values` in place of the method's own, None when stopped by hand: half an item is none."""
         config, how = self.config, self.how
         asking = UnlearnConfig(
@@ -170,7 +181,7 @@ class Bench:
         )  # fmt: skip
         run = unlearn(
             lm, made, asking, train_config(method, seed=seed, **values), folder=None,
-            before=self.logs["target"], retain_log=self.logs["retain"], experts=experts,
+            evaluate=evaluate, before=self.logs["target"], retain_log=self.logs["retain"], experts=experts,
             seen=seen, on_step=how.on_step,
             on_stage=lambda what, share: how.on_stage(f"{name}: {what}", share), should_stop=how.should_stop,
         )  # fmt: skip
