@@ -30,7 +30,7 @@ _HOMES = {
     "Run": "runs",
     "unlearn": "runs",
     "load_run": "runs",
-    "learn": "learn",
+    "learn": "teaching",
     "UserError": "errors",
 }
 __all__ = sorted(_HOMES)

@@ -250,8 +250,8 @@ def do_bench(args) -> None:
 
 def do_learn(args) -> None:
     from .data import load_forget_set
-    from .learn import LearnConfig, learn
     from .models import load_model
+    from .teaching import LearnConfig, learn
 
     if not 1 <= args.epochs <= 1000:
         raise UserError(f"The number of epochs must lie between 1 and 1000, and {args.epochs} does not.")

@@ -50,7 +50,7 @@ class ForgetSet:
     neighbours: list[Item]  # held-out relatives of `retain`
     general_held_out: list[Item]
     training: list[Item] | None = None  # what is trained on in place of `forget`, if that differs
-    learned: bool = False  # made up: the model must have been taught it (`learn.py`), see `adapters`
+    learned: bool = False  # made up: the model must have been taught it (`teaching.py`), see `adapters`
     more: dict[str, list[Item]] = field(default_factory=dict)  # further groups to measure, to be kept
     holdout: list[Item] = field(default_factory=list)  # like `forget`, never taught: for membership inference
     known: bool = False  # from pre-training: only what the model answers rightly is kept, see `answers.adapt`

@@ -19,10 +19,10 @@ from .adapter import MAX_EXPERTS
 from .answers import adapt, own_file, stamp, write_json
 from .data import ForgetSet, adapters, load_forget_set
 from .errors import Diverged, UserError
-from .learn import LearnConfig, learn
 from .methods import METHODS
 from .models import MODELS, cache_dir, load_model
 from .runs import UnlearnConfig, next_round, split_probe, unlearn
+from .teaching import LearnConfig, learn
 from .training import train_config
 
 REFERENCES = ("target", "retain")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from . import losses
 from .data import Sample, collate
@@ -199,6 +199,10 @@ class Pairs(Dataset):
 
 class AnswerTrainer(Trainer):
     """Cross-entropy on answer tokens; only the answer positions go through the LM head."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)  # it prints a dict into everything
 
     def compute_loss(self, model, batch, return_outputs=False, num_items_in_batch=None):
         logits = model(**inputs(batch), logits_to_keep=batch["keep"], use_cache=False).logits[:, :-1]

@@ -49,7 +49,7 @@ def test_rounding_is_what_it_says():
 
 @pytest.mark.parametrize("method", ["alter_selective", "lora", "npo"])
 def test_attacks_leave_the_run_as_it_was(runs_of, method):
-    run, made = runs_of(method)
+    run, _made = runs_of(method)
     before, grads = weights(run), {n: p.requires_grad for n, p in run.model.named_parameters()}
     with attacks.rounded(run.model, 4) as model:
         changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
@@ -79,7 +79,7 @@ def test_what_comes_back_and_what_does_not(runs_of):
 
 
 def test_a_leak_is_kept_with_its_text(runs_of):
-    run, made = runs_of("alter_selective")
+    run, _made = runs_of("alter_selective")
     questions = [i.question for i in OWN_FORGET[:4]]
     with run.side(False) as model:
         said = greedy(run.lm, questions, 12, model)
@@ -105,6 +105,6 @@ def test_facts_are_found_by_keyword_or_by_words():
 
 
 def test_text_only_sets_are_refused(runs_of):
-    run, made = runs_of("alter_selective")
+    run, _made = runs_of("alter_selective")
     with pytest.raises(UserError, match="questions"):
         attacks.attack(run, data.ForgetSet("t", [data.Item("", "text")], [], [], [], [], []), FEW)

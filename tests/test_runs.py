@@ -12,9 +12,9 @@ from alter_demo import METHOD_NAMES, data, load_model, load_run, runs, unlearn
 from alter_demo.answers import greedy, log_probs
 from alter_demo.cli import main
 from alter_demo.errors import UserError
-from alter_demo.learn import LearnConfig, learn
 from alter_demo.methods import METHODS
 from alter_demo.runs import UnlearnConfig
+from alter_demo.teaching import LearnConfig, learn
 from alter_demo.training import Pairs
 
 

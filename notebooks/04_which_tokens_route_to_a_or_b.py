@@ -1,0 +1,182 @@
+# %% [markdown]
+# # 4. Which tokens route to A or B
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/alter-demo/alter_demo/blob/main/notebooks/04_which_tokens_route_to_a_or_b.ipynb)
+#
+# **Goal.** Take a text apart token by token: which are uncertain and go to A, which are confident and go to an expert; and switch experts off to see what each does.
+#
+# **Before.** Notebook 3; its run is used if it is there, else made now (two minutes more).
+#
+# **Time.** One minute on two CPU cores.
+
+# %% tags=["install"]
+import sys
+import warnings
+
+if "google.colab" in sys.modules:  # only there: fetch the project and what it needs
+    !git clone -q https://github.com/alter-demo/alter_demo && pip install -q -r alter_demo/requirements-notebooks.txt
+    %cd alter_demo/notebooks
+sys.path.insert(0, "..")  # the package lies beside this folder
+warnings.filterwarnings("ignore")  # libraries about their own future
+
+# %%
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from alter_demo import load_forget_set
+from alter_demo.answers import adapt
+from alter_demo.lessons import check, forgotten, word_frame
+
+run = forgotten()
+made = adapt(load_forget_set("harry-potter"), run.lm)
+print("threshold of S_q:", round(run.router.config.threshold, 3), " experts:", run.router.config.n_experts)
+
+# %% [markdown]
+# ## One answer
+# A token record holds what both models thought of a token: `S_q`, the route, the expert's weights, the probabilities.
+
+# %%
+records = run.tokens("Harry Potter goes to school at Hogwarts.", "Where does Harry Potter go to school?")
+rows = [(r.token, r.entropy, r.route, r.expert, r.log_prob, r.log_prob_after, r.top_after[0][0]) for r in records if not r.special]
+pd.DataFrame(rows, columns=["token", "S_q", "route", "expert", "log p", "after", "likeliest next, after"]).round(2)
+
+# %% [markdown]
+# **Exercise 1.** The share of records whose route is A.
+
+# %% tags=["exercise"]
+def share_to_a(records):
+    return None  # your line
+
+
+check("share_to_a", share_to_a)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def share_to_a(records):
+#     return sum(r.route == "A" for r in records) / len(records)
+# ```
+# </details>
+#
+# ## Many answers: by part of speech
+# The model's own answers to forget questions and to everyday ones, word by word. A tagger says what kind of word each is.
+
+# %%
+items = {"forget": [i for i in made.training if i.lead][:30], "everyday": made.general[:10]}
+texts = {k: [run.tokens((i.lead + i.answer)[:300], i.question) for i in v] for k, v in items.items()}
+frame = pd.concat([word_frame(t).assign(set=k) for k, t in texts.items()])
+frame.sample(6, random_state=0).round(2)
+
+# %%
+by_kind = frame.groupby("kind").agg(words=("word", "size"), to_A=("route", lambda r: (r == "A").mean()), S_q=("S_q", "mean"))
+by_kind = by_kind[by_kind.words >= 10].sort_values("to_A")
+ax = by_kind.to_A.plot.barh(color="#b8860b", figsize=(7, 3), xlabel="share of words that go to A")
+plt.show()
+by_kind.round(2)
+
+# %% [markdown]
+# `S_q` of a word is that of the predictions *after* its tokens: how sure the model is of what follows. Is it true that
+# names are confident and structure is not?
+
+# %% tags=["check", "same"]
+name, function = by_kind.to_A["name"], by_kind.to_A["function word"]
+print(f"after a name {name:.0%} go to A, after a function word {function:.0%}")
+assert name < function
+inside = pd.Series({"inside a word": 0.0, "after a word": 0.0})
+tokens = [(a, b) for t in texts["forget"] for a, b in zip(t, t[1:]) if not (a.special or b.special)]
+for label, on in (("inside a word", lambda b: b.token[:1].isalpha()), ("after a word", lambda b: b.token[:1] == " ")):
+    inside[label] = pd.Series([a.route == "A" for a, b in tokens if on(b)]).mean()
+print({k: f"{v:.0%}" for k, v in inside.items()})
+assert inside["inside a word"] < inside["after a word"]
+
+# %% [markdown]
+# On this model the paper's picture holds, most clearly *inside* words: once a name has begun, the model is sure how it goes
+# on.
+#
+# ## By sub-domain, and as clouds
+
+# %%
+pd.crosstab(frame["set"], frame["expert"].map(lambda e: f"B_f{e}" if e else "none or B_r"))
+
+# %%
+from alter_demo import charts
+from alter_demo.tokens import word_counts
+
+counts = word_counts(texts["forget"], run.router.config.threshold)
+fig, axes = plt.subplots(1, len(counts), figsize=(4 * len(counts), 2.6))
+for ax, (way, own) in zip(axes, counts.items(), strict=True):
+    ax.imshow(charts.cloud(own, way))
+    ax.set(title=f"{way}: {sum(own.values())} words", xticks=[], yticks=[])
+plt.show()
+
+# %% [markdown]
+# A cloud shows sizes badly, so count as well.
+#
+# **Exercise 2.** The words of one route in a frame like the one above, most frequent first, each once.
+
+# %% tags=["exercise"]
+def top_words(frame, route):
+    return None  # your line: a list
+
+
+check("top_words", top_words)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def top_words(frame, route):
+#     return frame[frame.route == route].word.value_counts().index.tolist()
+# ```
+# </details>
+#
+# ## Switch experts off
+# The router can be told to send everything one way.
+
+# %%
+question = ["What is the name of Harry Potter's school?"]
+ways = {"as routed": None, "no expert (the untouched model)": "off", "only B_r": "r"}
+ways |= {f"only B_f{d}": d for d in range(1, run.router.config.n_experts + 1)}
+said = {}
+for label, way in ways.items():
+    with run.only(way):
+        said[label] = run.answer(question, max_new_tokens=24)[0]
+pd.Series(said).to_frame("answer")
+
+# %% tags=["check"]
+untouched = run.answer(question, adapted=False, max_new_tokens=24)[0]
+assert said["no expert (the untouched model)"] == untouched
+assert "Hogwarts" in untouched and "Hogwarts" not in said["as routed"]
+france = ["What is the capital of France?"]
+assert run.answer(france) == run.answer(france, adapted=False)
+print("with the experts off the untouched model answers; elsewhere they are off by themselves")
+
+# %% [markdown]
+# So nothing was erased: the knowledge is still in the weights, and the experts keep it from being said.
+#
+# **Exercise 3.** Which expert acts, given a token's weights (column 0 is `B_r`, which stands beside the others)? 0 for none.
+
+# %% tags=["exercise"]
+def acting_expert(weights):
+    return None  # your lines
+
+
+check("acting_expert", acting_expert)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def acting_expert(weights):
+#     experts = list(weights[1:])
+#     return 1 + experts.index(max(experts)) if any(experts) else 0
+# ```
+# </details>
+#
+# ## Summary
+# - Every token has one plan for all layers: entropy, route, expert weights.
+# - Function words are followed by more uncertainty than names, and inside a word there is hardly any.
+# - The experts act only where the gate says that the subject is to be forgotten.
+#
+# **Next:** [5. Measuring forgetting](05_measuring_forgetting.ipynb)
