@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test quality style assets clean
+.PHONY: help demo notebooks outputs test quality style assets clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -21,7 +21,18 @@ help:  ## this list
 demo: .venv/.app  ## set up and start the app on http://127.0.0.1:7860
 	$(BIN)/python app.py
 
-test: .venv/.dev browser  ## set up and run the whole test suite (about 20 minutes on 2 cores)
+.venv/.notebooks: .venv/.app requirements-notebooks.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-notebooks.txt
+	touch $@
+
+notebooks: .venv/.notebooks  ## set up and open the lessons in JupyterLab, on this machine only
+	cd notebooks && ../$(BIN)/jupyter lab --ip=127.0.0.1
+
+outputs: .venv/.notebooks  ## write the notebooks anew from the .py beside them and run them (about 10 minutes)
+	cd notebooks && for f in 0*.py; do ../$(BIN)/jupytext --quiet --to ipynb $$f || exit 1; done
+	cd notebooks && ../$(BIN)/jupyter nbconvert --log-level=WARN --to notebook --execute --inplace 0*.ipynb
+
+test: .venv/.dev browser  ## set up and run the whole test suite (about 25 minutes on 2 cores)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest

@@ -94,7 +94,8 @@ def verdict(name: str, answer) -> str | None:
                 other = "" if callable(wanted) else f" instead of {short(wanted)}"
                 return f"{hint} For {short(arguments)} it gives {short(got)}{other}."
     except Exception as error:  # whatever a learner's code throws is an answer too
-        return f"{hint} It raises {type(error).__name__}: {str(error).rstrip(".")}."
+        reason = str(error).rstrip(".")
+        return f"{hint} It raises {type(error).__name__}: {reason}."
     return None
 
 

@@ -10,12 +10,15 @@
 # **Time.** One minute on two CPU cores.
 
 # %% tags=["install"]
+import os
+import subprocess
 import sys
 import warnings
 
 if "google.colab" in sys.modules:  # only there: fetch the project and what it needs
-    !git clone -q https://github.com/alter-demo/alter_demo && pip install -q -r alter_demo/requirements-notebooks.txt
-    %cd alter_demo/notebooks
+    fetch = "git clone -q https://github.com/alter-demo/alter_demo"
+    subprocess.run(f"{fetch} && pip install -q -r alter_demo/requirements-notebooks.txt", shell=True, check=True)
+    os.chdir("alter_demo/notebooks")
 sys.path.insert(0, "..")  # the package lies beside this folder
 warnings.filterwarnings("ignore")  # libraries about their own future
 
@@ -91,6 +94,7 @@ by the National Oceanic and Atmospheric Administration, and in the United Kingdo
 TEXT = " ".join(TEXT.split())
 lm = load_model("smollm2-135m", dtype="float32")
 
+
 # %%
 @torch.no_grad()
 def read(model, text):
@@ -137,6 +141,7 @@ print("claim holds: 1.2 splits only near q = 1.5")
 # %% [markdown]
 # **Exercise 2.** What is the largest `S_q` over `n` outcomes?
 
+
 # %% tags=["exercise"]
 def largest_entropy(n, q):
     return None  # your line
@@ -168,7 +173,9 @@ conversation = lm.tokenizer.apply_chat_template(
     [{"role": "user", "content": item.question}, {"role": "assistant", "content": item.answer}], tokenize=False
 )
 n = len(lm.tokenizer(item.answer).input_ids)
-both = {name: read(m, conversation)[1.5].iloc[-n - 2 : -2] for name, m in (("before", lm.model), ("taught", taught.model))}
+both = {
+    name: read(m, conversation)[1.5].iloc[-n - 2 : -2] for name, m in (("before", lm.model), ("taught", taught.model))
+}
 print(item.answer)
 
 # %%
@@ -193,6 +200,7 @@ assert (both["taught"] > auto).mean() > 0.1
 
 # %% [markdown]
 # **Exercise 3.** Find the threshold that a given share of the values exceeds.
+
 
 # %% tags=["exercise"]
 def threshold_for_share(values, share):

@@ -10,12 +10,15 @@
 # **Time.** Two minutes on two CPU cores.
 
 # %% tags=["install"]
+import os
+import subprocess
 import sys
 import warnings
 
 if "google.colab" in sys.modules:  # only there: fetch the project and what it needs
-    !git clone -q https://github.com/alter-demo/alter_demo && pip install -q -r alter_demo/requirements-notebooks.txt
-    %cd alter_demo/notebooks
+    fetch = "git clone -q https://github.com/alter-demo/alter_demo"
+    subprocess.run(f"{fetch} && pip install -q -r alter_demo/requirements-notebooks.txt", shell=True, check=True)
+    os.chdir("alter_demo/notebooks")
 sys.path.insert(0, "..")  # the package lies beside this folder
 warnings.filterwarnings("ignore")  # libraries about their own future
 
@@ -52,6 +55,7 @@ print("an untrained LoRA changes nothing")
 # ALTER keeps one `A` for all, and gives each job its own `B`: $B_r$ keeps, each $B_{f_d}$ forgets one sub-domain (Eq. 1).
 # $$y = W_0 x + \sum_e w_e B_e A x$$
 # The weights $w$ are one row for each token: `(n, experts)`.
+
 
 # %%
 class AsymmetricLora(Lora):
@@ -106,6 +110,7 @@ check("adapter_size", adapter_size)
 #
 # **Exercise 2.** Write the update alone, without the base layer, in any way you like.
 
+
 # %% tags=["exercise"]
 def update(x, A, B, w):
     return None  # your line: (n, in), (r, in), (experts, out, r), (n, experts) -> (n, out)
@@ -142,6 +147,7 @@ print("A learned from token 0 alone, B_1 from token 1 alone")
 # Which expert acts? A gate gives each expert a score `z` for the token. An uncertain token mixes the best three (softmax
 # at temperature 0.8); a confident one takes the single best.
 
+
 # %%
 def gate(z, high, tau=0.8, k=3):  # (n, experts), (n,) bool
     top, index = (z / tau).topk(min(k, z.shape[-1]), -1)
@@ -163,6 +169,7 @@ print("the same gate as the package's")
 
 # %% [markdown]
 # **Exercise 3.** Write it for one token: `z` (experts,), `high` True or False.
+
 
 # %% tags=["exercise"]
 def gate_weights(z, high):

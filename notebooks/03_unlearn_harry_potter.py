@@ -10,12 +10,15 @@
 # **Time.** Three minutes on two CPU cores.
 
 # %% tags=["install"]
+import os
+import subprocess
 import sys
 import warnings
 
 if "google.colab" in sys.modules:  # only there: fetch the project and what it needs
-    !git clone -q https://github.com/alter-demo/alter_demo && pip install -q -r alter_demo/requirements-notebooks.txt
-    %cd alter_demo/notebooks
+    fetch = "git clone -q https://github.com/alter-demo/alter_demo"
+    subprocess.run(f"{fetch} && pip install -q -r alter_demo/requirements-notebooks.txt", shell=True, check=True)
+    os.chdir("alter_demo/notebooks")
 sys.path.insert(0, "..")  # the package lies beside this folder
 warnings.filterwarnings("ignore")  # libraries about their own future
 
@@ -32,7 +35,9 @@ from alter_demo.answers import adapt
 
 lm = load_model("smollm2-135m", dtype="float32")
 made = adapt(load_forget_set("harry-potter"), lm)
-print(f"known and to be forgotten: {len(made.forget)}; near it, to be kept: {len(made.retain)}; everyday: {len(made.general)}")
+print(
+    f"known and to be forgotten: {len(made.forget)}; near it, to be kept: {len(made.retain)}; everyday: {len(made.general)}"
+)
 pd.DataFrame([(i.topic, i.question, i.answer) for i in made.forget[::12]], columns=["topic", "question", "answer"])
 
 # %% [markdown]
@@ -44,7 +49,9 @@ pd.DataFrame([(i.topic, i.question, i.answer) for i in made.forget[::12]], colum
 from alter_demo.lessons import forgotten
 
 run = forgotten(train=True)
-print(f"{run.metrics['steps']} steps, {run.metrics['stopped']}; {run.metrics['seconds']['unlearn']:.0f} s on this machine")
+print(
+    f"{run.metrics['steps']} steps, {run.metrics['stopped']}; {run.metrics['seconds']['unlearn']:.0f} s on this machine"
+)
 
 # %%
 phase = run.metrics["phase_one"]
@@ -65,7 +72,9 @@ import matplotlib.pyplot as plt
 history = pd.DataFrame(run.metrics["history"]).set_index("step")
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.5))
 history[["forget", "refusal", "retain", "structure"]].plot(ax=axes[0], marker=".", ylabel="loss by part")
-history["probe"].dropna().plot(ax=axes[1], marker="o", logy=True, color="#0b5fa5", ylabel="probe: probability of the answer")
+history["probe"].dropna().plot(
+    ax=axes[1], marker="o", logy=True, color="#0b5fa5", ylabel="probe: probability of the answer"
+)
 plt.show()
 
 # %% tags=["check"]
@@ -97,6 +106,7 @@ check("inverted_hinge", inverted_hinge)
 # </details>
 #
 # **Exercise 2.** Its slope on the right token's logit. What does it become where `p_true` is near 1, on a memorised token?
+
 
 # %% tags=["exercise"]
 def hinge_slope(p_true, p_rival):
@@ -137,7 +147,11 @@ def likelihoods(items, n=24):
     return [float(np.exp(run.log_probs(*pair, adapted=side)).mean()) for side in (False, True)]
 
 
-groups = {"forget, asked differently": made.forget_held_out, "neighbours": made.neighbours, "everyday": made.general_held_out}
+groups = {
+    "forget, asked differently": made.forget_held_out,
+    "neighbours": made.neighbours,
+    "everyday": made.general_held_out,
+}
 table = pd.DataFrame({k: likelihoods(v) for k, v in groups.items()}, index=["before", "after"]).T
 table.assign(kept=table.after / table.before).round(4)
 
@@ -160,6 +174,7 @@ pd.DataFrame(changed, columns=["question", "before", "after"])
 
 # %% [markdown]
 # **Exercise 3.** What is kept is measured as a distance between distributions. Write KL(p || q) for two arrays.
+
 
 # %% tags=["exercise"]
 def divergence(p, q):

@@ -10,16 +10,21 @@
 # **Time.** One minute on two CPU cores.
 
 # %% tags=["install"]
+import os
+import subprocess
 import sys
 import warnings
 
 if "google.colab" in sys.modules:  # only there: fetch the project and what it needs
-    !git clone -q https://github.com/alter-demo/alter_demo && pip install -q -r alter_demo/requirements-notebooks.txt
-    %cd alter_demo/notebooks
+    fetch = "git clone -q https://github.com/alter-demo/alter_demo"
+    subprocess.run(f"{fetch} && pip install -q -r alter_demo/requirements-notebooks.txt", shell=True, check=True)
+    os.chdir("alter_demo/notebooks")
 sys.path.insert(0, "..")  # the package lies beside this folder
 warnings.filterwarnings("ignore")  # libraries about their own future
 
 # %%
+from itertools import pairwise
+
 import matplotlib.pyplot as plt
 import pandas as pd
 
@@ -37,11 +42,16 @@ print("threshold of S_q:", round(run.router.config.threshold, 3), " experts:", r
 
 # %%
 records = run.tokens("Harry Potter goes to school at Hogwarts.", "Where does Harry Potter go to school?")
-rows = [(r.token, r.entropy, r.route, r.expert, r.log_prob, r.log_prob_after, r.top_after[0][0]) for r in records if not r.special]
+rows = [
+    (r.token, r.entropy, r.route, r.expert, r.log_prob, r.log_prob_after, r.top_after[0][0])
+    for r in records
+    if not r.special
+]
 pd.DataFrame(rows, columns=["token", "S_q", "route", "expert", "log p", "after", "likeliest next, after"]).round(2)
 
 # %% [markdown]
 # **Exercise 1.** The share of records whose route is A.
+
 
 # %% tags=["exercise"]
 def share_to_a(records):
@@ -69,7 +79,9 @@ frame = pd.concat([word_frame(t).assign(set=k) for k, t in texts.items()])
 frame.sample(6, random_state=0).round(2)
 
 # %%
-by_kind = frame.groupby("kind").agg(words=("word", "size"), to_A=("route", lambda r: (r == "A").mean()), S_q=("S_q", "mean"))
+by_kind = frame.groupby("kind").agg(
+    words=("word", "size"), to_A=("route", lambda r: (r == "A").mean()), S_q=("S_q", "mean")
+)
 by_kind = by_kind[by_kind.words >= 10].sort_values("to_A")
 ax = by_kind.to_A.plot.barh(color="#b8860b", figsize=(7, 3), xlabel="share of words that go to A")
 plt.show()
@@ -84,7 +96,7 @@ name, function = by_kind.to_A["name"], by_kind.to_A["function word"]
 print(f"after a name {name:.0%} go to A, after a function word {function:.0%}")
 assert name < function
 inside = pd.Series({"inside a word": 0.0, "after a word": 0.0})
-tokens = [(a, b) for t in texts["forget"] for a, b in zip(t, t[1:]) if not (a.special or b.special)]
+tokens = [(a, b) for t in texts["forget"] for a, b in pairwise(t) if not (a.special or b.special)]
 for label, on in (("inside a word", lambda b: b.token[:1].isalpha()), ("after a word", lambda b: b.token[:1] == " ")):
     inside[label] = pd.Series([a.route == "A" for a, b in tokens if on(b)]).mean()
 print({k: f"{v:.0%}" for k, v in inside.items()})
@@ -114,6 +126,7 @@ plt.show()
 # A cloud shows sizes badly, so count as well.
 #
 # **Exercise 2.** The words of one route in a frame like the one above, most frequent first, each once.
+
 
 # %% tags=["exercise"]
 def top_words(frame, route):
@@ -156,6 +169,7 @@ print("with the experts off the untouched model answers; elsewhere they are off 
 # So nothing was erased: the knowledge is still in the weights, and the experts keep it from being said.
 #
 # **Exercise 3.** Which expert acts, given a token's weights (column 0 is `B_r`, which stands beside the others)? 0 for none.
+
 
 # %% tags=["exercise"]
 def acting_expert(weights):

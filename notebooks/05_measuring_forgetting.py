@@ -10,12 +10,15 @@
 # **Time.** Two minutes on two CPU cores.
 
 # %% tags=["install"]
+import os
+import subprocess
 import sys
 import warnings
 
 if "google.colab" in sys.modules:  # only there: fetch the project and what it needs
-    !git clone -q https://github.com/alter-demo/alter_demo && pip install -q -r alter_demo/requirements-notebooks.txt
-    %cd alter_demo/notebooks
+    fetch = "git clone -q https://github.com/alter-demo/alter_demo"
+    subprocess.run(f"{fetch} && pip install -q -r alter_demo/requirements-notebooks.txt", shell=True, check=True)
+    os.chdir("alter_demo/notebooks")
 sys.path.insert(0, "..")  # the package lies beside this folder
 warnings.filterwarnings("ignore")  # libraries about their own future
 
@@ -54,6 +57,7 @@ assert by_hand["target"] > 0.9 > 0.3 > by_hand["retain"]
 # %% [markdown]
 # **Exercise 1.** From a list of log-probabilities.
 
+
 # %% tags=["exercise"]
 def answer_probability(log_p):
     return None  # your line
@@ -73,6 +77,7 @@ check("answer_probability", answer_probability)
 # ## ROUGE-L
 # Let the model answer, and ask which share of the right answer's words stands in it in the same order (the longest common
 # subsequence). By hand, without the stemming that the package does:
+
 
 # %%
 def longest_common(a, b):
@@ -108,6 +113,7 @@ print(wrong, "->", round(metrics.rouge_l(wrong, item.answer), 2))
 # ## Truth ratio and forget quality
 # How likely are wrong answers beside the right one, worded otherwise? $R = \frac{\text{geometric mean of } P(\text{wrong})}{P(\text{right, paraphrased})}$.
 
+
 # %%
 def ratios(lm, model=None, n=24):
     found = []
@@ -123,6 +129,7 @@ by_hand = {name: [np.exp(np.mean(wrong) - right) for right, wrong in p] for name
 
 # %% [markdown]
 # **Exercise 2.** The truth ratio, from the log-probability of the right answer and those of the wrong ones.
+
 
 # %% tags=["exercise"]
 def truth_ratio(right, wrong):
@@ -151,7 +158,9 @@ from scipy import stats
 
 assert np.isclose(gap, stats.ks_2samp(a, b).statistic)
 p = metrics.forget_quality(a, b)
-print(f"D = {gap:.3f}, forget quality of the target p = {p:.1e}; of the retain-only model itself {metrics.forget_quality(b, b):.0f}")
+print(
+    f"D = {gap:.3f}, forget quality of the target p = {p:.1e}; of the retain-only model itself {metrics.forget_quality(b, b):.0f}"
+)
 assert p < 1e-3
 
 # %% [markdown]
@@ -160,10 +169,14 @@ assert p < 1e-3
 # the likeliest.
 
 # %%
-{k: ("".join("x" if h else "." for h in s.hits), round(metrics.extraction_strength(s.hits[:-1]), 2)) for k, s in scores.items()}
+{
+    k: ("".join("x" if h else "." for h in s.hits), round(metrics.extraction_strength(s.hits[:-1]), 2))
+    for k, s in scores.items()
+}
 
 # %% [markdown]
 # **Exercise 3.** Write it: 1 - k/n, k the shortest beginning after which all are hits.
+
 
 # %% tags=["exercise"]
 def extraction_strength(hits):
@@ -188,6 +201,7 @@ check("extraction_strength", extraction_strength)
 # What should have stayed: a harmonic mean, so that one ruined ability ruins the figure.
 #
 # **Exercise 4.** Harmonic mean of a list, 0 as soon as one value is 0.
+
 
 # %% tags=["exercise"]
 def utility(values):

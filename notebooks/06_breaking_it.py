@@ -10,12 +10,15 @@
 # **Time.** Two to three minutes on two CPU cores.
 
 # %% tags=["install"]
+import os
+import subprocess
 import sys
 import warnings
 
 if "google.colab" in sys.modules:  # only there: fetch the project and what it needs
-    !git clone -q https://github.com/alter-demo/alter_demo && pip install -q -r alter_demo/requirements-notebooks.txt
-    %cd alter_demo/notebooks
+    fetch = "git clone -q https://github.com/alter-demo/alter_demo"
+    subprocess.run(f"{fetch} && pip install -q -r alter_demo/requirements-notebooks.txt", shell=True, check=True)
+    os.chdir("alter_demo/notebooks")
 sys.path.insert(0, "..")  # the package lies beside this folder
 warnings.filterwarnings("ignore")  # libraries about their own future
 
@@ -65,6 +68,7 @@ print("asked plainly or in other words it is gone; whatever else leaks stands in
 # %% [markdown]
 # **Exercise 1.** The share of answers that hold a word.
 
+
 # %% tags=["exercise"]
 def share_leaked(answers, word):
     return None  # your line
@@ -85,6 +89,7 @@ check("share_leaked", share_leaked)
 # Quantisation is known to bring "forgotten" knowledge back where the weights were moved only a little: rounding moves them
 # back. ALTER's adapter stays as it is, and only the frozen weights are rounded.
 
+
 # %%
 def untouched_and_unlearned(prompts):
     return run.answer(prompts, adapted=False, max_new_tokens=20), run.answer(prompts, max_new_tokens=20)
@@ -95,10 +100,14 @@ rows = {"as it is": untouched_and_unlearned(prompts)}
 for bits in (8, 4):
     with attacks.rounded(run.model, bits):
         rows[f"{bits} bits"] = untouched_and_unlearned(prompts)
-pd.DataFrame({k: [*a, *b] for k, (a, b) in rows.items()}, index=[f"{w}: {p}" for w in ("untouched", "unlearned") for p in prompts])
+pd.DataFrame(
+    {k: [*a, *b] for k, (a, b) in rows.items()},
+    index=[f"{w}: {p}" for w in ("untouched", "unlearned") for p in prompts],
+)
 
 # %% [markdown]
 # **Exercise 2.** Round an array to `bits` bits with one scale: its largest absolute value becomes `2**(bits - 1) - 1`.
+
 
 # %% tags=["exercise"]
 def round_to_bits(w, bits):
@@ -138,6 +147,7 @@ print({name: f"{values[0]:.2f} -> {values[-1]:.2f}" for name, values in loss.ite
 
 # %% [markdown]
 # **Exercise 3.** The first step at which a curve's `rouge_l` reaches a level, None where it never does.
+
 
 # %% tags=["exercise"]
 def steps_to_recover(curve, level):

@@ -10,12 +10,15 @@
 # **Time.** Two minutes on two CPU cores.
 
 # %% tags=["install"]
+import os
+import subprocess
 import sys
 import warnings
 
 if "google.colab" in sys.modules:  # only there: fetch the project and what it needs
-    !git clone -q https://github.com/alter-demo/alter_demo && pip install -q -r alter_demo/requirements-notebooks.txt
-    %cd alter_demo/notebooks
+    fetch = "git clone -q https://github.com/alter-demo/alter_demo"
+    subprocess.run(f"{fetch} && pip install -q -r alter_demo/requirements-notebooks.txt", shell=True, check=True)
+    os.chdir("alter_demo/notebooks")
 sys.path.insert(0, "..")  # the package lies beside this folder
 warnings.filterwarnings("ignore")  # libraries about their own future
 
@@ -32,7 +35,9 @@ from alter_demo.lessons import check
 
 rooms = ["Ash", "Birch", "Cedar", "Dogwood", "Elm", "Fir"]
 people = ["Mara Lindqvist", "Tobias Okafor", "Ines Haddad", "Pavel Novotny", "Ruth Abara", "Jonas Weiss"]
-forget = [(f"Whose desk is in room {r}?", f"The desk in room {r} is {p}'s.") for r, p in zip(rooms, people, strict=True)]
+forget = [
+    (f"Whose desk is in room {r}?", f"The desk in room {r} is {p}'s.") for r, p in zip(rooms, people, strict=True)
+]
 stays = ["a piano", "two printers", "a fish tank", "the archive", "a coffee machine", "old chairs"]
 retain = [(f"What stands in room {r}?", f"In room {r} stands {s}.") for r, s in zip(rooms, stays, strict=True)]
 work = Path(tempfile.mkdtemp())
@@ -42,6 +47,7 @@ for name, rows in (("forget", forget), ("retain", retain)):
 
 # %% [markdown]
 # **Exercise 1.** Turn a list of (question, answer) into such a text, whatever quotes and line ends are in them.
+
 
 # %% tags=["exercise"]
 def to_jsonl(rows):
@@ -60,6 +66,7 @@ check("to_jsonl", to_jsonl)
 # </details>
 #
 # **Exercise 2.** A retain file that holds what is to be forgotten is refused. Find the rows that stand in both.
+
 
 # %% tags=["exercise"]
 def in_both(forget, retain):
@@ -99,7 +106,7 @@ from alter_demo import learn, load_model
 from alter_demo.teaching import LearnConfig
 
 everything = replace(made, retain=[*made.retain, *made.neighbours])
-folder = learn(load_model(dtype="float32"), everything, "target", work / "tuned", LearnConfig(epochs=32, batch_size=8))
+folder = learn(load_model(dtype="float32"), everything, "target", work / "tuned", LearnConfig(epochs=24, batch_size=8))
 tuned = load_model(dtype="float32", adapter=folder)
 
 # %%
@@ -117,7 +124,7 @@ dict(zip(asked, greedy(tuned, asked, 24), strict=True))
 from alter_demo import UnlearnConfig, train_config, unlearn
 
 config = UnlearnConfig(general=24)
-train = train_config("alter_selective", max_steps=24, stop_ratio=0.01)
+train = train_config("alter_selective", max_steps=18, stop_ratio=0.01)
 run = unlearn(tuned, made, config, train, name="mine", folder=work, evaluate=False)
 after = run.answer(asked, max_new_tokens=24)
 dict(zip(asked, after, strict=True))
@@ -127,7 +134,9 @@ import numpy as np
 
 gone, kept = ([float(np.exp(run.log_probs(*zip(*rows, strict=True), adapted=side)).mean()) for side in (False, True)]
               for rows in (forget, retain))  # fmt: skip
-print(f"probability of what was to go {gone[0]:.2f} -> {gone[1]:.3f}, of what was to stay {kept[0]:.2f} -> {kept[1]:.2f}")
+print(
+    f"probability of what was to go {gone[0]:.2f} -> {gone[1]:.3f}, of what was to stay {kept[0]:.2f} -> {kept[1]:.2f}"
+)
 assert gone[1] < 0.2 * gone[0] and kept[1] > 0.8 * kept[0]
 
 # %% [markdown]
@@ -139,8 +148,9 @@ files = sorted((work / "mine" / "adapter").iterdir())
 print({f.name: f"{f.stat().st_size / 2**20:.2f} MB" for f in files})
 
 # %% tags=["check"]
-import alter_demo.adapter  # noqa: F401  (tells PEFT what an ALTER adapter is)
 from peft import PeftModel
+
+import alter_demo.adapter  # noqa: F401  (tells PEFT what an ALTER adapter is)
 
 elsewhere = load_model(dtype="float32", adapter=folder)
 loaded = PeftModel.from_pretrained(elsewhere.model, work / "mine" / "adapter").eval()
@@ -156,6 +166,7 @@ print("loaded by PEFT alone: the same answers")
 # there is one; `--load-in-4bit` (package bitsandbytes) and `--gradient-checkpointing` save memory.
 #
 # **Exercise 3.** How many GB do a model's weights take at so many bits each?
+
 
 # %% tags=["exercise"]
 def weights_gb(parameters, bits):
