@@ -122,6 +122,10 @@ def commands_of(results: dict, name: str) -> list[str]:
         for key, value in (run["config"].get("overrides") or {}).items():
             own[key] = [*dict.fromkeys([*own.get(key, []), value])]
     found = []
+    if is_attacks(results):
+        seeds, methods = ({str(run[k]): None for run in runs} for k in ("seed", "method"))
+        options = f"--forget {asked['forget']} --methods {' '.join(methods)} --seeds {' '.join(seeds)}"
+        return [f"python -m alter_demo attack {options} --results assets/results/{name}.json"]
     for values in [v for k, v in enumerate(tried.values()) if v not in list(tried.values())[:k]]:
         rounds = values.get("rounds", [])
         listed = [f"{k}={','.join(f'{x:g}' for x in v)}" for k, v in values.items() if k != "rounds"]
@@ -236,15 +240,94 @@ def tuning_markdown(results: dict) -> str:
 
 def is_tuning(results: dict) -> bool:
     own = [r["config"].get("overrides") for r in results["runs"] if r["method"] not in REFERENCES]
-    return bool(own) and all(o and "rounds" not in o for o in own)
+    return bool(own) and all(o and not {"rounds", "attack"} & set(o) for o in own)
 
 
 def has_rounds(results: dict) -> bool:
     return any("/" in run["method"] for run in results["runs"])
 
 
+def is_attacks(results: dict) -> bool:
+    return any("attack" in (run["config"].get("overrides") or {}) for run in results["runs"])
+
+
+ATTACKS = {  # column of the table -> figure
+    "before": "before_ROUGE",
+    "asked": "asked_ROUGE",
+    "paraphrased": "paraphrased_ROUGE",
+    "role play": "role_play_ROUGE",
+    "few shots": "few_shot_ROUGE",
+    "neutral text first": "neutral_text_ROUGE",
+    "answer begun": "prefix_forced_ROUGE",
+    "int8": "int8_ROUGE",
+    "4-bit": "int4_ROUGE",
+    "adapter removed": "adapter_removed_ROUGE",
+    "relearnt on it, 10 steps": "relearn_forget_10_ROUGE",
+    "on half of it": "relearn_half_10_ROUGE",
+    "on other text": "relearn_unrelated_10_ROUGE",
+    "of the draws leak": "sampled_leaked",
+}
+
+
+def attacked(results: dict) -> pd.DataFrame:
+    """ROUGE-L of what each attack brings back, one row a method, medians over the seeds.
+
+    Raises:
+        UserError: the file holds no attacks.
+    """
+    rows = [
+        {"method": r["method"], "seed": r["seed"], **{name: r["metrics"].get(k) for name, k in ATTACKS.items()}}
+        for r in results["runs"] if "attack" in (r["config"].get("overrides") or {})
+    ]  # fmt: skip
+    if not rows:
+        raise UserError("The results file holds no attacks: python -m alter_demo attack makes some.")
+    table = pd.DataFrame(rows).astype(dict.fromkeys(ATTACKS, float)).groupby("method", sort=False)
+    return table.median(numeric_only=True).drop(columns="seed").assign(seeds=table["seed"].nunique())
+
+
+def relearning(results: dict, source: str = "forget") -> go.Figure:
+    """ROUGE-L on the forget questions over the steps of relearning, a line a method, medians over the seeds."""
+    key = re.compile(rf"relearn_{source}_(\d+)_ROUGE")
+    rows = [
+        {"method": r["method"], "step": int(m[1]), "value": v}
+        for r in results["runs"] for k, v in r["metrics"].items() if (m := key.fullmatch(k))
+    ]  # fmt: skip
+    if not rows:
+        raise UserError("The results file holds no relearning: python -m alter_demo attack makes some.")
+    table, symbols = (
+        pd.DataFrame(rows).groupby(["step", "method"])["value"].median().unstack(),
+        itertools.cycle(SYMBOLS),
+    )
+    figure = go.Figure()
+    for method in table:
+        figure.add_scatter(
+            x=table.index, y=table[method], mode="lines+markers", name=method,
+            marker={"symbol": "diamond" if method in OURS else next(symbols), "size": 10},
+            line={"width": 4 if method in OURS else 2, "dash": "solid" if method in OURS else "dot"},
+        )  # fmt: skip
+    figure.update_layout(xaxis_title="steps of relearning", yaxis_title="ROUGE-L on what was forgotten")
+    return plain_look(figure)
+
+
+def attacks_markdown(results: dict) -> str:
+    table = attacked(results)
+    rows = [
+        [
+            f"**{m}**" if m in OURS else m,
+            *("" if pd.isna(row[k]) else f"{row[k]:.3f}" for k in ATTACKS),
+            f"{row.seeds:.0f}",
+        ]
+        for m, row in table.iterrows()
+    ]
+    hardware = ", ".join(sorted({r["hardware"] for r in results["runs"] if r.get("hardware")}))
+    leaks = sum(len(r.get("leaks", ())) for r in results["runs"])
+    return f"{pipes(['method', *ATTACKS, 'seeds'], rows)}\n\n{leaks} leaks are kept with their text; {hardware}."
+
+
 def table_of(results: dict) -> str:
-    """The README's table of a results file: of a grid, of rounds, or of what was tried."""
+    """The README's table of a results file: of a grid, of rounds, of attacks, or of what was tried."""
+    if is_attacks(results):
+        return attacks_markdown(results)
     if is_tuning(results):
         return tuning_markdown(results)
     return rounds_markdown(results) if has_rounds(results) else markdown(results)
@@ -312,9 +395,10 @@ def report(folder: Path = RESULTS, readme: Path = Path("README.md")) -> list[Pat
         text = fill(text, file.stem, table_of(results))
         if is_tuning(results):
             continue
-        rounds = has_rounds(results)
-        drawings = [("rounds", sequential)] if rounds else [("tradeoff", tradeoff)]
-        if {run["method"] for run in results["runs"]} & set(COST_BASES):
+        drawings = [("rounds", sequential)] if has_rounds(results) else [("tradeoff", tradeoff)]
+        if is_attacks(results):
+            drawings = [("relearning", relearning)]
+        elif {run["method"] for run in results["runs"]} & set(COST_BASES):
             drawings.append(("cost", cost))
         for name, draw in drawings:
             image = folder.parent / f"{file.stem}_{name}.png"

@@ -48,7 +48,8 @@ def forgotten(train: bool = False, on_step=None) -> Run:
     lm, stored = load_model("smollm2-135m", dtype="float32"), (folder / name).is_dir()
     if stored and not train:
         return load_run(folder / name, lm)
-    config, train = UnlearnConfig(general=80, retain=140), train_config("alter_selective", max_steps=15, probe_every=5)
+    config = UnlearnConfig(general=80, retain=140)
+    train = train_config("alter_selective", max_steps=15, batch_size=3, probe_every=5)
     return unlearn(lm, "harry-potter", config, train, name, None if stored else folder, evaluate=False, on_step=on_step)
 
 
@@ -102,7 +103,7 @@ def verdict(name: str, answer) -> str | None:
 def same(got, wanted) -> bool:
     if callable(wanted):
         return wanted(got)
-    if got is None or isinstance(wanted, str | bool) or wanted is None:
+    if any(x is None or isinstance(x, str | bool) for x in (got, wanted)):
         return type(got) is type(wanted) and got == wanted
     if isinstance(wanted, list) and not all(isinstance(x, int | float) for x in wanted):
         return list(got) == wanted

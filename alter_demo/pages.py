@@ -318,7 +318,10 @@ def evidence_tab(evidence) -> None:
     file = gr.Dropdown([], label="Results file")
     table = gr.Dataframe(interactive=False, wrap=True, label="Medians over the seeds")
     with gr.Row():
-        first, second = gr.Plot(label="Utility against forgetting, or over the rounds"), gr.Plot(label="Cost")
+        first, second = (
+            gr.Plot(label="Utility against forgetting, over the rounds, or relearning"),
+            gr.Plot(label="Cost"),
+        )
     # no spinner: it would make the empty status line a region that scrolls
     view = {"fn": evidence_view, "inputs": file, "outputs": [table, first, second, status], "show_progress": "hidden"}
     evidence.select(results_files, None, file, show_progress="hidden", **AT_ONCE).then(**view, **AT_ONCE)
@@ -345,6 +348,10 @@ def evidence_view(name):
         if figures.is_tuning(results):
             said = f"Every setting that was tried; the highest score of a method is its default.\n\n{command}"
             return shown(figures.tried(results).reset_index()), drawn(), drawn(), said
+        if figures.is_attacks(results):
+            said = f"ROUGE-L of what each attack brings back (the right answer scores 1).\n\n{command}"
+            table = figures.attacked(results).reset_index()
+            return shown(table), drawn(charts.look(figures.relearning(results))), drawn(), said
         if figures.has_rounds(results):
             table = figures.by_round(results).reset_index()
             return shown(table), drawn(charts.look(figures.sequential(results))), drawn(), command

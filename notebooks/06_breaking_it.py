@@ -32,8 +32,8 @@ from alter_demo.lessons import check, forgotten
 
 run = forgotten()
 made = adapt(load_forget_set("harry-potter"), run.lm)
-items = made.forget[::8][:10]
-config = attacks.AttackConfig(items=len(items), tokens=32, sampled=3, samples=16, steps=(0, 2, 5, 10))
+items = made.forget[::12][:6]
+config = attacks.AttackConfig(items=len(items), tokens=24, sampled=2, samples=16, steps=(0, 3, 6), batch_size=4)
 [(i.question, i.answer) for i in items[:3]]
 
 # %% [markdown]
@@ -60,7 +60,7 @@ print(f"{drawn['leaked']:.1%} of the draws leak, and {drawn['items_leaked']:.0%}
 
 # %% tags=["check"]
 questions = [i.question for i in items]
-before = attacks.judged(items, questions, run.answer(questions, adapted=False, max_new_tokens=32))
+before = attacks.judged(items, questions, run.answer(questions, adapted=False, max_new_tokens=24))
 assert before["leaked"] >= 0.8, "these are facts that the untouched model knows"
 assert asked["asked"]["leaked"] < 0.2 and asked["paraphrased"]["leaked"] < 0.3
 print("asked plainly or in other words it is gone; whatever else leaks stands in the table")
@@ -127,7 +127,7 @@ check("round_to_bits", round_to_bits)
 # </details>
 #
 # ## Relearning
-# Whoever has the weights can train them. Ten steps on the forgotten questions themselves; and ten on everyday text.
+# Whoever has the weights can train them. Six steps on the forgotten questions themselves, and six on everyday text.
 
 # %%
 sources = {"the forgotten questions": items, "everyday text": made.general[:20]}
@@ -169,7 +169,7 @@ check("steps_to_recover", steps_to_recover)
 # The simplest attack of all.
 
 # %% tags=["check"]
-without = run.answer(questions, adapted=False, max_new_tokens=32)
+without = run.answer(questions, adapted=False, max_new_tokens=24)
 back = attacks.judged(items, questions, without)["leaked"]
 print(f"without the adapter {back:.0%} of the facts are back")
 assert back == before["leaked"] >= 0.8

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import COLOURS
 
-from alter_demo import data, figures, grid
+from alter_demo import attacks, data, figures, grid
 from alter_demo.cli import main
 from alter_demo.data import ForgetSet, Item, general_items
 from alter_demo.errors import UserError
@@ -197,6 +197,20 @@ def test_rounds_go_on_from_each_other(small, tmp_path):
     assert figures.rounds_markdown(results).count("\n") == 4
     with pytest.raises(UserError, match="rounds"):
         grid.sequential(*options[:3], 1, How(path))
+
+
+def test_attacks_go_on_where_they_stopped(small, tmp_path):
+    path, asked = tmp_path / "a.json", []
+    config = attacks.AttackConfig(items=4, tokens=4, sampled=2, samples=2, steps=(0, 1), batch_size=2)
+    how = How(path, FEW, on_stage=lambda what, share: asked.append(what))
+    first = attacks.attack_grid(small, ["alter_selective", "npo"], [0], how, config)
+    runs = {r["method"]: r for r in first["runs"]}
+    assert set(runs) == {"alter_selective", "npo"} and "relearn_half_1_loss" in runs["npo"]["metrics"]
+    assert "adapter_removed_ROUGE" in runs["alter_selective"]["metrics"].keys() - runs["npo"]["metrics"].keys()
+    asked.clear()
+    again = attacks.attack_grid(small, ["alter_selective", "npo"], [0], how, config)
+    assert again == first and not asked  # nothing is run twice
+    assert figures.is_attacks(first) and figures.table_of(first).count("| npo |") == 1
 
 
 def test_experts_are_handed_on(taught, small):
