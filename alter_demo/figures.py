@@ -116,16 +116,16 @@ def commands_of(results: dict, name: str) -> list[str]:
     runs = [run for run in results["runs"] if run["method"] not in REFERENCES]
     asked = results["runs"][0]["config"]
     size = next((k for k, v in SIZES.items() if v and all(asked.get(x) == v[x] for x in ("limit", "kept"))), "cpu")
+    if is_attacks(results):
+        seeds, methods = ({str(run[k]): None for run in runs} for k in ("seed", "method"))
+        options = f"--forget {asked['forget']} --methods {' '.join(methods)} --seeds {' '.join(seeds)}"
+        return [f"python -m alter_demo attack {options} --results assets/results/{name}.json"]
     tried: dict[str, dict[str, list]] = {}  # method -> setting -> values
     for run in runs:
         own = tried.setdefault(run["method"].split("/")[0], {})
         for key, value in (run["config"].get("overrides") or {}).items():
             own[key] = [*dict.fromkeys([*own.get(key, []), value])]
     found = []
-    if is_attacks(results):
-        seeds, methods = ({str(run[k]): None for run in runs} for k in ("seed", "method"))
-        options = f"--forget {asked['forget']} --methods {' '.join(methods)} --seeds {' '.join(seeds)}"
-        return [f"python -m alter_demo attack {options} --results assets/results/{name}.json"]
     for values in [v for k, v in enumerate(tried.values()) if v not in list(tried.values())[:k]]:
         rounds = values.get("rounds", [])
         listed = [f"{k}={','.join(f'{x:g}' for x in v)}" for k, v in values.items() if k != "rounds"]

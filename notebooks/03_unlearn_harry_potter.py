@@ -28,6 +28,7 @@ warnings.filterwarnings("ignore")  # libraries about their own future
 # Neighbours (other fantasy, owls, trains, ...) and everyday prompts are to stay.
 
 # %%
+import numpy as np
 import pandas as pd
 
 from alter_demo import load_forget_set, load_model
@@ -137,10 +138,8 @@ pd.DataFrame({"question": asked, "before": before, "after": after})
 # %% [markdown]
 # In numbers, on questions that were not trained on:
 
+
 # %%
-import numpy as np
-
-
 def likelihoods(items, n=24):
     items = items[:n]
     pair = [i.question for i in items], [i.answer for i in items]
@@ -171,6 +170,12 @@ before, after = (run.answer(questions, adapted, 16) for adapted in (False, True)
 changed = [row for row in zip(questions, before, after, strict=True) if row[1] != row[2]]
 print(f"{len(changed)} of {len(questions)} neighbours answer otherwise")
 pd.DataFrame(changed, columns=["question", "before", "after"])
+
+# %% tags=["check"]
+everyday = [i.question for i in made.general_held_out[:12]]
+same = [a == b for a, b in zip(*(run.answer(everyday, side, 16) for side in (False, True)), strict=True)]
+print(f"{sum(same)} of {len(same)} everyday prompts are answered word for word as before")
+assert len(changed) < len(questions) / 3 and sum(same) >= 10
 
 # %% [markdown]
 # **Exercise 3.** What is kept is measured as a distance between distributions. Write KL(p || q) for two arrays.

@@ -108,7 +108,11 @@ assert inside["inside a word"] < inside["after a word"]
 #
 # ## By sub-domain, and as clouds
 
-# %%
+# %% tags=["check"]
+acted = frame["expert"].gt(0).groupby(frame["set"]).mean()
+assert acted["forget"] > 0.6 and acted["everyday"] < 0.05, (
+    "experts should act on what is to be forgotten, and there only"
+)
 pd.crosstab(frame["set"], frame["expert"].map(lambda e: f"B_f{e}" if e else "none or B_r"))
 
 # %%

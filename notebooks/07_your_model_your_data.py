@@ -31,8 +31,6 @@ import json
 import tempfile
 from pathlib import Path
 
-from alter_demo.lessons import check
-
 rooms = ["Ash", "Birch", "Cedar", "Dogwood", "Elm", "Fir"]
 people = ["Mara Lindqvist", "Tobias Okafor", "Ines Haddad", "Pavel Novotny", "Ruth Abara", "Jonas Weiss"]
 forget = [
@@ -50,6 +48,9 @@ for name, rows in (("forget", forget), ("retain", retain)):
 
 
 # %% tags=["exercise"]
+from alter_demo.lessons import check
+
+
 def to_jsonl(rows):
     return ""  # your line
 

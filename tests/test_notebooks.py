@@ -46,7 +46,10 @@ def test_form(path):
     top, install, last = notebook.cells[0].source, notebook.cells[1], notebook.cells[-1].source
     assert top.startswith(f"# {path.name[1]}. ") and all(f"**{x}.**" in top for x in ("Goal", "Before", "Time"))
     address = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
-    assert f"{address.removeprefix('https://')}/blob/main/notebooks/{path.name}" in top and address in install.source
+    assert (
+        f"/github/{address.removeprefix('https://github.com/')}/blob/main/notebooks/{path.name}" in top
+        and address in install.source
+    )
     assert install.metadata["tags"] == ["install"] and 'if "google.colab" in sys.modules' in install.source
     assert "## Summary" in last and (path == NOTEBOOKS[-1] or "**Next:**" in last)
     assert len(tagged(notebook, "exercise")) >= 3 and len(tagged(notebook, "check")) >= 3
