@@ -114,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("tofu", do_tofu, "A benchmark: methods, seeds, one results file; goes on where it stopped.")
     model_options(sub)
-    sub.add_argument("--forget", default="tofu-forget01", help="tofu-forget01, 05, 10 or imaginary-authors")
+    sub.add_argument("--forget", default="tofu-forget01", help="tofu-forget01, 05, 10, imaginary-authors, harry-potter")
     sub.add_argument(
         "--size", default="cpu", help="cpu (12 authors, 2 of them forgotten), full (all, for a GPU), tune, small"
     )
@@ -289,8 +289,8 @@ def grid_of(args):
     from .grid import grid_config
 
     config = grid_config(args.size, forget=args.forget, model=args.model, limit=getattr(args, "limit", None))
-    if args.forget == "imaginary-authors":
-        config.retain_items = None  # all ten authors are small enough, and their adapters are in assets/
+    if args.forget in ("imaginary-authors", "harry-potter"):
+        config.retain_items = None  # small enough, and what there is to teach lies in assets/
     return config
 
 

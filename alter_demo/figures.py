@@ -35,6 +35,10 @@ SHOWN = {
     "extraction_strength": "extraction strength",
     "privleak": "privleak",
     "forget_repetition": "repeated 4-grams",
+    "forget_BLEU": "forget BLEU",
+    "ASG": "ASG",
+    "neighbours_ROUGE_to_base": "neighbours, ROUGE-L to own before",
+    "general_ROUGE_to_base": "everyday, ROUGE-L to own before",
 }
 
 
@@ -67,9 +71,17 @@ def medians(results: dict) -> pd.DataFrame:
     return table.median(numeric_only=True).drop(columns="seed").assign(seeds=counts, diverged=lost)
 
 
-def pareto(table: pd.DataFrame, x="model_utility", y="forget_quality") -> list[str]:
+def forgetting(table: pd.DataFrame) -> str:
+    """What measures forgetting in these results: forget quality, or ASG (lower is better) without a retain model."""
+    return "forget_quality" if table["forget_quality"].notna().any() else "ASG"
+
+
+def pareto(table: pd.DataFrame, x="model_utility", y: str | None = None) -> list[str]:
     """Methods that no other one beats in both columns, by x."""
+    y = y or forgetting(table)
     points = table.drop(index=[r for r in REFERENCES if r in table.index])[[x, y]].dropna()
+    if y == "ASG":
+        points[y] = -points[y]
     if points.empty:
         return []
     beaten = [
@@ -84,10 +96,12 @@ def tradeoff(results: dict) -> go.Figure:
     Our rows and the two references carry their names; the rivals, which may lie close together, have a symbol each.
     """
     table = medians(results)
+    y = forgetting(table)
+    shown = "p" if y == "forget_quality" else y
     figure = go.Figure()
     front = table.loc[pareto(table)]
     figure.add_scatter(
-        x=front["model_utility"], y=front["forget_quality"], mode="lines", line={"dash": "dot", "color": GREY},
+        x=front["model_utility"], y=front[y], mode="lines", line={"dash": "dot", "color": GREY},
         name="Pareto front", hoverinfo="skip",
     )  # fmt: skip
     symbols = itertools.cycle(SYMBOLS)
@@ -96,18 +110,23 @@ def tradeoff(results: dict) -> go.Figure:
         named = ours or reference
         symbol = {"retain": "star", "target": "x"}.get(method) or ("diamond" if ours else next(symbols))
         figure.add_scatter(
-            x=[row["model_utility"]], y=[row["forget_quality"]], mode="markers+text", text=[method if named else ""],
+            x=[row["model_utility"]], y=[row[y]], mode="markers+text", text=[method if named else ""],
             textposition="bottom center", name=method, showlegend=not named, cliponaxis=False,
-            hovertemplate=f"{method}: utility %{{x:.3f}}, p %{{y:.2g}}<extra></extra>",
+            hovertemplate=f"{method}: utility %{{x:.3f}}, {shown} %{{y:.2g}}<extra></extra>",
             marker={"symbol": symbol, "size": 16 if named else 11,
                     "color": BLUE if ours else ORANGE if reference else GREY},
         )  # fmt: skip
-    figure.update_layout(xaxis_title="model utility (higher is better)", yaxis_title="forget quality, p of the KS test")
+    figure.update_layout(xaxis_title="model utility (higher is better)")
     values = table["model_utility"].dropna()
     margin = 0.2 * max(values.max() - values.min(), 0.05) if len(values) else 0
     if len(values):
         figure.update_xaxes(range=[values.min() - margin, values.max() + margin])  # room for the names
-    figure.update_yaxes(type="log", exponentformat="e")
+    if y == "ASG":
+        figure.update_yaxes(
+            title="ASG, distance to answers about what is not known (lower is better)", autorange="reversed"
+        )
+    else:
+        figure.update_yaxes(title="forget quality, p of the KS test", type="log", exponentformat="e")
     return plain_look(figure)
 
 
@@ -184,16 +203,17 @@ def plain_look(figure: go.Figure) -> go.Figure:
 def markdown(results: dict) -> str:
     """The medians as a Markdown table, best methods in the order of the table of methods."""
     table = medians(results)
-    rows = []
+    rows, columns = [], [k for k in SHOWN if table[k].notna().any()]
     for method, row in table.iterrows():
-        cells = ["" if pd.isna(row[k]) else f"{row[k]:.3g}" for k in SHOWN]
+        cells = ["" if pd.isna(row[k]) else f"{row[k]:.3g}" for k in columns]
         spent = ["" if pd.isna(row[k]) else f"{row[k]:.0f}" for k in ("seconds", "MB")]
         seeds = f"{row['seeds']:.0f}" + (f" ({row['diverged']:.0f} diverged)" if row["diverged"] else "")
         rows.append([f"**{method}**" if method in OURS else method, *cells, *spent, seeds])
-    lines = pipes(["method", *SHOWN.values(), "seconds", "peak MB", "seeds"], rows)
+    lines = pipes(["method", *(SHOWN[k] for k in columns), "seconds", "peak MB", "seeds"], rows)
     hardware = ", ".join(sorted({r["hardware"] for r in results["runs"] if r.get("hardware")}))
     front, rivals = pareto(table), table.index.difference(list(REFERENCES))
-    verdict = f" Not dominated in (utility, forget quality): {', '.join(front)}." if len(rivals) > 1 else ""
+    name = "forget quality" if forgetting(table) == "forget_quality" else "ASG"
+    verdict = f" Not dominated in (utility, {name}): {', '.join(front)}." if len(rivals) > 1 else ""
     return f"{lines}\n\nMedians; {hardware}.{verdict}"
 
 

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from . import evaluate as evaluation
+from . import metrics
 from .adapter import MAX_EXPERTS
-from .answers import adapt, own_file, stamp, write_json
+from .answers import adapt, is_right, own_answers, own_file, stamp, write_json
 from .data import ForgetSet, adapters, load_forget_set
 from .errors import Diverged, UserError
 from .methods import METHODS
@@ -28,6 +29,7 @@ from .training import train_config
 REFERENCES = ("target", "retain")
 TOFU_GROUPS = ("forget", "retain", "real_authors", "world_facts", "holdout")
 OTHER_GROUPS = ("forget", "retain", "general", "holdout")  # without TOFU's real authors and world facts
+KNOWN_GROUPS = ("forget", "forget_held_out", "neighbours", "general")  # of what is known from pre-training
 
 
 @dataclass
@@ -77,8 +79,13 @@ def read_results(path: Path) -> dict:
     return results
 
 
-def taught(config: GridConfig, made: ForgetSet, device: str, dtype: str, on_step, stage) -> dict[str, Path]:
-    """Folders of the adapters of the target and the retain-only model; taught now if they are not in the cache."""
+def taught(config: GridConfig, made: ForgetSet, device: str, dtype: str, on_step, stage) -> dict[str, Path | None]:
+    """Folders of the adapters of the target and the retain-only model; taught now if they are not in the cache.
+
+    What is known from pre-training needs no teaching, and no model is there that knows everything else.
+    """
+    if made.known:
+        return {"target": None}
     if config.retain_items is None and config.model and (shipped := adapters(made.name, config.model)):
         return shipped
     # names of folders repeat, and their weights may change
@@ -137,10 +144,14 @@ class Bench:
             train_config(method, **values)  # bad values now, not after an hour
         self.results = read_results(how.path)
         self.made = load_forget_set(config.forget).smaller(config.retain_items)
-        if not self.made.learned:
-            raise UserError(f"{config.forget} was not taught to the model: the grid needs TOFU or imaginary-authors.")
+        if not (self.made.learned or self.made.known):
+            raise UserError(
+                f"{config.forget} was not taught to the model: the grid needs TOFU, imaginary-authors or harry-potter."
+            )
         self.seen: dict = {}  # what the frozen target said about each sample
         self.names = TOFU_GROUPS if "real_authors" in self.made.more else OTHER_GROUPS
+        if self.made.known:
+            self.names = KNOWN_GROUPS
 
     def prepare(self) -> None:
         """Teach and measure the two reference models, or take them from the cache."""
@@ -150,11 +161,20 @@ class Bench:
         groups = split_probe(adapt(self.made, lm))[1].limited(config.limit, config.kept).evaluation()
         groups = {name: groups[name] for name in self.names}
         self.hardware = lm.hardware
+        self.ignorance = ignorance(self.made, lm) if self.made.known else None
         del lm
         self.logs = {
-            which: measured(config, groups, self.made.name, self.folders[which], how.device, how.dtype, how.on_stage)
-            for which in REFERENCES
+            which: measured(config, groups, self.made.name, folder, how.device, how.dtype, how.on_stage)
+            for which, folder in self.folders.items()
         }
+
+    def figures(self, log: evaluation.Log) -> dict[str, float]:
+        """The flat figures of a log, with BLEU and ASG where the set is known from pre-training (ALTER, Table 2)."""
+        found = evaluation.summary(log, self.logs.get("retain"))
+        if self.ignorance is not None:
+            scores = similarity(log["forget"]["generated_text"], log["forget"]["answer"])
+            found |= {"forget_BLEU": scores["bleu"], "ASG": metrics.asg(scores, self.ignorance)}
+        return found
 
     def target(self):
         return load_model(self.config.model, self.how.device, self.how.dtype, self.folders["target"])
@@ -181,7 +201,7 @@ class Bench:
         )  # fmt: skip
         run = unlearn(
             lm, made, asking, train_config(method, seed=seed, **values), folder=None,
-            evaluate=evaluate, before=self.logs["target"], retain_log=self.logs["retain"], experts=experts,
+            evaluate=evaluate, before=self.logs["target"], retain_log=self.logs.get("retain"), experts=experts,
             seen=seen, on_step=how.on_step,
             on_stage=lambda what, share: how.on_stage(f"{name}: {what}", share), should_stop=how.should_stop,
         )  # fmt: skip
@@ -212,9 +232,9 @@ def grid(config: GridConfig, methods: list[str], seeds: list[int], how: How) -> 
     asked = itertools.product(seeds, methods, how.settings)
     missing = [(m, s, values) for s, m, values in asked if not bench.done(m, s, values)]
     bench.prepare()
-    for which in REFERENCES:
+    for which, log in bench.logs.items():
         if not bench.done(which, 0, {}):
-            bench.add(which, 0, evaluation.summary(bench.logs[which], bench.logs["retain"]), {})
+            bench.add(which, 0, bench.figures(log), {})
     for number, (method, seed, values) in enumerate(missing, 1):
         if how.should_stop():
             break
@@ -228,7 +248,7 @@ def grid(config: GridConfig, methods: list[str], seeds: list[int], how: How) -> 
             continue
         if run is None:
             break
-        bench.add(method, seed, run.metrics["after"]["summary"] | to_base(run), values, run)
+        bench.add(method, seed, bench.figures(run.logs["after"]) | to_base(run), values, run)
         del run
     return bench.results
 
@@ -279,5 +299,20 @@ def sequential(config: GridConfig, methods: list[str], seeds: list[int], rounds:
 def to_base(run) -> dict[str, float]:
     """ROUGE-L of the answers to the target's own, on what was to be kept."""
     groups = run.metrics["after"]
-    kept = [g for g in ("retain", "general") if "rouge_l_to_base" in groups.get(g, {})]
+    kept = [g for g in ("retain", "neighbours", "general") if "rouge_l_to_base" in groups.get(g, {})]
     return {f"{g}_ROUGE_to_base": groups[g]["rouge_l_to_base"] for g in kept}
+
+
+def similarity(said, right) -> dict[str, float]:
+    """BLEU and mean ROUGE-L recall of answers beside the right ones, 0 to 1."""
+    said, right = list(said), list(right)
+    scores = [metrics.rouge_l(a, b) for a, b in zip(said, right, strict=True)]
+    return {"bleu": metrics.bleu(said, right), "rouge_l": sum(scores) / len(scores)}
+
+
+def ignorance(made: ForgetSet, lm) -> dict[str, float] | None:
+    """How like the right ones the model's own answers are where it does not know them. ASG measures the distance to
+    it, since there is no model that never read the books; None where the model knows everything that is asked."""
+    own = own_answers(lm, [i.question for i in made.forget])
+    unknown = [i for i in made.forget if not is_right(own[i.question], i)]
+    return similarity([own[i.question] for i in unknown], [i.answer for i in unknown]) if unknown else None

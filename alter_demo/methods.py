@@ -184,7 +184,8 @@ METHODS: dict[str, Method] = {
     "npo_kl": Method({"forget": npo, "retain": keep}, "full", "Zhang et al. 2024", FULL | KL),
     "npo_gd": Method({"forget": npo, "retain": keep}, "full", "Zhang et al. 2024", FULL),
     "simnpo": Method(
-        {"forget": simnpo, "retain": keep}, "full", "Fan et al. 2024", FULL | {"sharpness": 4.5, "beta": 0.125}
+        {"forget": simnpo, "retain": keep}, "full", "Fan et al. 2024",
+        FULL | {"lr": 1e-4, "sharpness": 4.5, "beta": 0.125},
     ),
     "idk_dpo": Method({"forget": dpo, "retain": keep}, "full", "Maini et al. 2024", FULL, instead="paired"),
     "rmu": Method({"forget": steer, "retain": keep_states}, "mlp", "Li et al. 2024", FULL),

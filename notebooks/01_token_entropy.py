@@ -102,15 +102,18 @@ def read(model, text):
     ids = lm.tokenizer(text, return_tensors="pt").input_ids
     logits = model(ids).logits[0, :-1]
     tokens = [lm.tokenizer.decode(i) for i in ids[0, 1:]]
-    return pd.DataFrame({"token": tokens} | {q: tsallis_entropy(logits, q).numpy() for q in (0.5, 1.0, 1.5, 2.0)})
+    return pd.DataFrame(
+        {"token": tokens} | {q: tsallis_entropy(logits, q).double().numpy() for q in (0.5, 1.0, 1.5, 2.0)}
+    )
 
 
 frame = read(lm.model, TEXT)
 frame.sort_values(1.5).iloc[[0, 1, 2, 3, -4, -3, -2, -1]].round(3)
 
 # %% [markdown]
-# Sure of the ends of names that it has begun ("Atmospheric", "of America"); unsure where a sentence begins and anything
-# may follow. That is the observation ALTER is built on: **low entropy is where knowledge sits, high entropy is structure.**
+# Sure of how a name or a phrase that has begun goes on ("Oceanic and Atmospheric *Administration*", "more *than*", "United
+# States *of*"); unsure where much may follow ("the *rise*", "by the *National*"). That is the observation ALTER is built
+# on: **where entropy is low the model knows how it goes on, where it is high there is structure and choice.**
 
 # %%
 import matplotlib.pyplot as plt

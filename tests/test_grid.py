@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import COLOURS
+from conftest import COLOURS, OWN_FORGET, OWN_RETAIN
 
 from alter_demo import attacks, data, figures, grid
 from alter_demo.cli import main
@@ -89,7 +89,7 @@ def test_a_method_that_diverges_is_recorded_and_the_grid_goes_on(small, tmp_path
     assert "1 (1 diverged)" in figures.markdown(results)
 
 
-def test_bad_input(small, tmp_path, capsys):
+def test_bad_input(small, tmp_path, capsys, own_data):
     (tmp_path / "cut.json").write_text('{"runs": [{"method": "np')
     options = ["tofu", "--model", small.model, "--results"]
     for args, sentence in (
@@ -98,7 +98,7 @@ def test_bad_input(small, tmp_path, capsys):
         ([tmp_path / "r.json", "--size", "huge"], "size is one of"),
         ([tmp_path / "r.json", "--set", "speed=2"], "--set knows"),
         ([tmp_path / "r.json", "--set", "lr=fast"], "takes a number"),
-        ([tmp_path / "r.json", "--forget", "harry-potter"], "was not taught"),
+        ([tmp_path / "r.json", "--forget", own_data[0]], "was not taught"),
     ):
         assert main([*options, *map(str, args)]) == 2
         err = capsys.readouterr().err.strip().splitlines()[-1]
@@ -197,6 +197,33 @@ def test_rounds_go_on_from_each_other(small, tmp_path):
     assert figures.rounds_markdown(results).count("\n") == 4
     with pytest.raises(UserError, match="rounds"):
         grid.sequential(*options[:3], 1, How(path))
+
+
+def test_what_is_known_from_pre_training(taught, few, tmp_path, monkeypatch):
+    """No model was taught it, so none is retain-only: BLEU, and the distance to answers about what is not known."""
+
+    def make():
+        items = [replace(i, keywords=[i.answer.split()[-1].rstrip(".")]) for i in OWN_FORGET]
+        strange = Item("What colour has the door of house 99?", "Nobody ever painted it mauve", keywords=["mauve"])
+        train, held_out = general_items()
+        keep = list(OWN_RETAIN)
+        return ForgetSet("harry-potter", [*items, strange], keep, train, items, keep, held_out, known=True)
+
+    monkeypatch.setitem(data.FORGET_SETS, "harry-potter", make)
+    monkeypatch.setattr("alter_demo.answers.OWN_TOKENS", 16)
+    monkeypatch.setattr("alter_demo.answers.SETS", tmp_path)  # no recorded answers
+    config = GridConfig(forget="harry-potter", model=str(taught), limit=8, kept=4, tokens=16)
+    results = grid.grid(config, ["lora", "grad_ascent"], [0], How(tmp_path / "h.json", FEW | {"lr": 1e-2}))
+    runs = {r["method"]: r["metrics"] for r in results["runs"]}
+    assert set(runs) == {"target", "lora", "grad_ascent"}
+    assert runs["target"]["forget_BLEU"] > 0.9 and runs["target"]["ASG"] > runs["grad_ascent"]["ASG"]
+    assert "forget_quality" not in runs["lora"] and "neighbours_ROUGE_to_base" in runs["lora"]
+    for run in results["runs"]:
+        run["config"]["overrides"] = {}  # as if they were the methods' own settings
+    table = figures.table_of(results)
+    assert "ASG" in table and "forget quality" not in table
+    assert set(figures.pareto(figures.medians(results))) <= {"lora", "grad_ascent"}
+    assert figures.tradeoff(results).layout.yaxis.autorange == "reversed"
 
 
 def test_attacks_go_on_where_they_stopped(small, tmp_path):
