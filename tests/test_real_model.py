@@ -4,14 +4,12 @@ import json
 
 import pytest
 
-from alter_demo import evaluate as evaluation
-from alter_demo import grid, load_model
+from alter_demo import UnlearnConfig, grid, load_model, unlearn
 from alter_demo.answers import adapt, greedy
 from alter_demo.bench import bench
 from alter_demo.cli import main
 from alter_demo.data import load_forget_set
 from alter_demo.figures import RESULTS
-from alter_demo.lessons import forgotten
 
 pytestmark = pytest.mark.slow
 
@@ -34,17 +32,8 @@ def test_filter_leaves_enough(lm):
 
 
 def test_it_forgets_harry_potter_and_only_that():
-    run = forgotten()  # the lessons' run: trained by them a moment ago, or now
-    made = adapt(load_forget_set("harry-potter"), run.lm).limited(24)
-    groups = {k: v for k, v in made.evaluation().items() if k != "holdout"}
-    logs = {}
-    for side in (False, True):
-        with run.side(side) as model:
-            logs[side] = evaluation.evaluate(run.lm, model, groups, 48)
-    before, after = (
-        {g: evaluation.group_figures(g, rows, logs[False][g]) for g, rows in logs[side].items()}
-        for side in (False, True)
-    )
+    run = unlearn("smollm2-135m", "harry-potter", UnlearnConfig(limit=24, tokens=48), folder=None)
+    before, after = run.metrics["before"], run.metrics["after"]
     held_out = "forget_held_out"
     assert after[held_out]["probability"] < 0.05 * before[held_out]["probability"]
     assert after[held_out]["rouge_l"] < 0.2 * before[held_out]["rouge_l"]
