@@ -184,13 +184,19 @@ def by_round(results: dict) -> pd.DataFrame:
 
 def sequential(results: dict) -> go.Figure:
     """Model utility over the rounds while the forget set grows (ALTER, Fig. 5)."""
-    figure, table = go.Figure(), by_round(results)
+    return lines(by_round(results)).update_layout(xaxis_title="round", yaxis_title="model utility")
+
+
+def lines(table: pd.DataFrame) -> go.Figure:
+    """A line for each column of `table`, ours bold; symbols tell the others apart without colour."""
+    figure, symbols = go.Figure(), itertools.cycle(SYMBOLS)
     for method in table:
+        ours = method in OURS
         figure.add_scatter(
             x=table.index, y=table[method], mode="lines+markers", name=method,
-            line={"width": 4 if method in OURS else 2, "dash": "solid" if method in OURS else "dot"},
+            marker={"symbol": "diamond" if ours else next(symbols), "size": 10},
+            line={"width": 4 if ours else 2, "dash": "solid" if ours else "dot"},
         )  # fmt: skip
-    figure.update_layout(xaxis_title="round", yaxis_title="model utility")
     return plain_look(figure)
 
 
@@ -267,8 +273,12 @@ def has_rounds(results: dict) -> bool:
     return any("/" in run["method"] for run in results["runs"])
 
 
+def attack_runs(results: dict) -> list[dict]:
+    return [run for run in results["runs"] if "attack" in (run["config"].get("overrides") or {})]
+
+
 def is_attacks(results: dict) -> bool:
-    return any("attack" in (run["config"].get("overrides") or {}) for run in results["runs"])
+    return bool(attack_runs(results))
 
 
 ATTACKS = {  # column of the table -> figure
@@ -297,7 +307,7 @@ def attacked(results: dict) -> pd.DataFrame:
     """
     rows = [
         {"method": r["method"], "seed": r["seed"], **{name: r["metrics"].get(k) for name, k in ATTACKS.items()}}
-        for r in results["runs"] if "attack" in (r["config"].get("overrides") or {})
+        for r in attack_runs(results)
     ]  # fmt: skip
     if not rows:
         raise UserError("The results file holds no attacks: python -m alter_demo attack makes some.")
@@ -314,19 +324,9 @@ def relearning(results: dict, source: str = "forget") -> go.Figure:
     ]  # fmt: skip
     if not rows:
         raise UserError("The results file holds no relearning: python -m alter_demo attack makes some.")
-    table, symbols = (
-        pd.DataFrame(rows).groupby(["step", "method"])["value"].median().unstack(),
-        itertools.cycle(SYMBOLS),
-    )
-    figure = go.Figure()
-    for method in table:
-        figure.add_scatter(
-            x=table.index, y=table[method], mode="lines+markers", name=method,
-            marker={"symbol": "diamond" if method in OURS else next(symbols), "size": 10},
-            line={"width": 4 if method in OURS else 2, "dash": "solid" if method in OURS else "dot"},
-        )  # fmt: skip
-    figure.update_layout(xaxis_title="steps of relearning", yaxis_title="ROUGE-L on what was forgotten")
-    return plain_look(figure)
+    table = pd.DataFrame(rows).groupby(["step", "method"])["value"].median().unstack()
+    titles = {"xaxis_title": "steps of relearning", "yaxis_title": "ROUGE-L on what was forgotten"}
+    return lines(table).update_layout(titles)
 
 
 def attacks_markdown(results: dict) -> str:
