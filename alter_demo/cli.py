@@ -136,6 +136,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--items", type=int, default=24, help="forget questions asked")
     sub.add_argument("--results", type=Path, default=Path("assets/results/attacks.json"), help="results file")
 
+    sub = command("ablation", do_ablation, "Take parts out of ALTER one by one, and change its numbers.")
+    model_options(sub)
+    sub.add_argument("--forget", default="imaginary-authors", help="imaginary-authors, tofu-forget01, 05 or 10")
+    sub.add_argument("--size", default="tune", help="cpu, full, tune or small, as in tofu")
+    sub.add_argument("--method", default="alter_selective", help="alter or alter_selective")
+    sub.add_argument("--variants", nargs="*", metavar="NAME", help="some of grid.VARIANTS (default: all of them)")
+    sub.add_argument("--seeds", nargs="+", type=int, default=[0], help="random seeds")
+    sub.add_argument("--results", type=Path, default=Path("assets/results/ablation.json"), help="results file")
+
     sub = command("evaluate", do_evaluate, "Figures of an evaluation log (ours, open-unlearning's, TOFU's), as JSON.")
     sub.add_argument("--logs", type=Path, required=True, help="the log")
     sub.add_argument("--retain-logs", type=Path, help="log of the retain-only model, for forget quality and privleak")
@@ -320,6 +329,25 @@ def do_attack(args) -> None:
     for run in results["runs"]:
         cells = [f"{run['metrics'].get(f'{k}_ROUGE', float('nan')):.3f}" for k in shown]
         table.add_row(run["method"], str(run["seed"]), *cells, str(len(run.get("leaks", ()))))
+    console().print(table)
+
+
+def do_ablation(args) -> None:
+    from .figures import ablated
+    from .grid import VARIANTS, grid
+    from .methods import get_method
+
+    if get_method(args.method).trains != "alter":
+        raise UserError(f"The ablation is of ALTER, and {args.method} has none of its parts.")
+    names = list(VARIANTS) if args.variants is None else args.variants
+    if not names:
+        raise UserError("The ablation needs at least one variant.")
+    with Bars() as bars:
+        results = grid(grid_of(args), [args.method], args.seeds, how_of(args, bars, {"variant": names}))
+    rows = ablated(results)
+    table = new_table("variant", *rows.columns)
+    for name, row in rows.iterrows():
+        table.add_row(name, *(f"{v:.3g}" for v in row))
     console().print(table)
 
 

@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 
 from .data import EXAMPLE
 from .errors import UserError
-from .grid import REFERENCES, SIZES, read_results
+from .results import REFERENCES, SIZES, read_results
 
 RESULTS = Path(__file__).parents[1] / "assets" / "results"
 ASKED = ("forget", "model", "retain_items", "limit", "kept", "tokens")
@@ -139,6 +139,10 @@ def commands_of(results: dict, name: str) -> list[str]:
         seeds, methods = ({str(run[k]): None for run in runs} for k in ("seed", "method"))
         options = f"--forget {asked['forget']} --methods {' '.join(methods)} --seeds {' '.join(seeds)}"
         return [f"python -m alter_demo attack {options} --results assets/results/{name}.json"]
+    if own := variants(results):
+        seeds = dict.fromkeys(str(run["seed"]) for run in own)
+        options = f"--forget {asked['forget']} --size {size} --method {own[0]['method']} --seeds {' '.join(seeds)}"
+        return [f"python -m alter_demo ablation {options} --results assets/results/{name}.json"]
     tried: dict[str, dict[str, list]] = {}  # method -> setting -> values
     for run in runs:
         own = tried.setdefault(run["method"].split("/")[0], {})
@@ -216,11 +220,14 @@ def markdown(results: dict) -> str:
         seeds = f"{row['seeds']:.0f}" + (f" ({row['diverged']:.0f} diverged)" if row["diverged"] else "")
         rows.append([f"**{method}**" if method in OURS else method, *cells, *spent, seeds])
     lines = pipes(["method", *(SHOWN[k] for k in columns), "seconds", "peak MB", "seeds"], rows)
-    hardware = ", ".join(sorted({r["hardware"] for r in results["runs"] if r.get("hardware")}))
     front, rivals = pareto(table), table.index.difference(list(REFERENCES))
     name = "forget quality" if forgetting(table) == "forget_quality" else "ASG"
     verdict = f" Not dominated in (utility, {name}): {', '.join(front)}." if len(rivals) > 1 else ""
-    return f"{lines}\n\nMedians; {hardware}.{verdict}"
+    return f"{lines}\n\nMedians; {hardware(results)}.{verdict}"
+
+
+def hardware(results: dict) -> str:
+    return ", ".join(sorted({r["hardware"] for r in results["runs"] if r.get("hardware")}))
 
 
 def tried(results: dict) -> pd.DataFrame:
@@ -266,7 +273,38 @@ def tuning_markdown(results: dict) -> str:
 
 def is_tuning(results: dict) -> bool:
     own = [r["config"].get("overrides") for r in results["runs"] if r["method"] not in REFERENCES]
-    return bool(own) and all(o and not {"rounds", "attack"} & set(o) for o in own)
+    return bool(own) and all(o and not {"rounds", "attack", "variant"} & set(o) for o in own)
+
+
+def variants(results: dict) -> list[dict]:
+    return [run for run in results["runs"] if "variant" in (run["config"].get("overrides") or {})]
+
+
+ABLATED = ("forget_quality", "model_utility", "retain_Q_A_ROUGE", "forget_Q_A_Prob", "extraction_strength",
+           "general_ROUGE_to_base", "forget_repetition")  # fmt: skip
+
+
+def ablated(results: dict) -> pd.DataFrame:
+    """What each variant of ALTER comes to, one row a variant, medians over the seeds.
+
+    Raises:
+        UserError: the file holds no variants.
+    """
+    rows = [
+        {"variant": r["config"]["overrides"]["variant"], **{SHOWN[k]: r["metrics"].get(k) for k in ABLATED},
+         "steps": r.get("steps"), "seconds": r.get("seconds", {}).get("unlearn")}
+        for r in variants(results)
+    ]  # fmt: skip
+    if not rows:
+        raise UserError("The results file holds no variants: python -m alter_demo ablation makes some.")
+    table = pd.DataFrame(rows)
+    return table.astype({k: float for k in table if k != "variant"}).groupby("variant", sort=False).median()
+
+
+def ablation_markdown(results: dict) -> str:
+    table = ablated(results)
+    rows = [[name, *("diverged" if pd.isna(v) else f"{v:.3g}" for v in row)] for name, row in table.iterrows()]
+    return f"{pipes(['variant', *table.columns], rows)}\n\n{hardware(results)}."
 
 
 def has_rounds(results: dict) -> bool:
@@ -339,15 +377,18 @@ def attacks_markdown(results: dict) -> str:
         ]
         for m, row in table.iterrows()
     ]
-    hardware = ", ".join(sorted({r["hardware"] for r in results["runs"] if r.get("hardware")}))
     leaks = sum(len(r.get("leaks", ())) for r in results["runs"])
-    return f"{pipes(['method', *ATTACKS, 'seeds'], rows)}\n\n{leaks} leaks are kept with their text; {hardware}."
+    return (
+        f"{pipes(['method', *ATTACKS, 'seeds'], rows)}\n\n{leaks} leaks are kept with their text; {hardware(results)}."
+    )
 
 
 def table_of(results: dict) -> str:
-    """The README's table of a results file: of a grid, of rounds, of attacks, or of what was tried."""
+    """The README's table of a results file: of a grid, of rounds, of attacks, of an ablation, or of what was tried."""
     if is_attacks(results):
         return attacks_markdown(results)
+    if variants(results):
+        return ablation_markdown(results)
     if is_tuning(results):
         return tuning_markdown(results)
     return rounds_markdown(results) if has_rounds(results) else markdown(results)
@@ -413,7 +454,7 @@ def report(folder: Path = RESULTS, readme: Path = Path("README.md")) -> list[Pat
     for file in files:
         results = read_results(file)
         text = fill(text, file.stem, table_of(results))
-        if is_tuning(results):
+        if is_tuning(results) or variants(results):
             continue
         drawings = [("rounds", sequential)] if has_rounds(results) else [("tradeoff", tradeoff)]
         if is_attacks(results):

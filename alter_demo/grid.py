@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from . import evaluate as evaluation
@@ -19,14 +19,15 @@ from . import metrics
 from .adapter import MAX_EXPERTS
 from .answers import adapt, is_right, own_answers, own_file, stamp, write_json
 from .data import ForgetSet, adapters, load_forget_set
+from .entropy import PUBLISHED_THRESHOLD
 from .errors import Diverged, UserError
 from .methods import METHODS
 from .models import MODELS, cache_dir, load_model
-from .runs import UnlearnConfig, next_round, split_probe, unlearn
+from .results import REFERENCES, SIZES, read_results
+from .runs import LAYERS, UnlearnConfig, check_config, next_round, split_probe, unlearn
 from .teaching import LearnConfig, learn
-from .training import train_config
+from .training import TrainConfig, train_config
 
-REFERENCES = ("target", "retain")
 TOFU_GROUPS = ("forget", "retain", "real_authors", "world_facts", "holdout")
 OTHER_GROUPS = ("forget", "retain", "general", "holdout")  # without TOFU's real authors and world facts
 KNOWN_GROUPS = ("forget", "forget_held_out", "neighbours", "general")  # of what is known from pre-training
@@ -45,11 +46,18 @@ class GridConfig:
     epochs: int = 12  # of teaching
 
 
-SIZES = {
-    "cpu": {"retain_items": 200, "limit": 40, "kept": 20, "tokens": 64},
-    "tune": {"retain_items": 200, "limit": 24, "kept": 12, "tokens": 32},  # to choose settings by, in half the time
-    "small": {"retain_items": 200, "limit": 4, "kept": 4, "tokens": 16},  # to try whether everything works
-    "full": {},
+# what is taken from ALTER, or changed in it, to see what it is good for: UnlearnConfig values
+VARIANTS: dict[str, dict] = {
+    "as it is": {},
+    "no entropy mask": {"entropy_mask": False},
+    "no gradient isolation": {"isolation": False},
+    "no router": {"router": False},
+    "literal gate, entropy alone": {"router_input": "entropy"},
+    **{f"q {q:g}": {"q": q, "threshold": "auto"} for q in (0.5, 1.0, 1.5, 2.0)},
+    "threshold 1.2": {"threshold": PUBLISHED_THRESHOLD},
+    **{f"N {n}": {"n_experts": n} for n in (1, 2, 4, 8)},
+    **{f"rank {r}": {"r": r} for r in (2, 4, 16, 32)},
+    **{name.replace("_", " ") + " only": {"layers": name} for name in LAYERS if name != "all"},
 }
 
 
@@ -60,23 +68,6 @@ def grid_config(size: str, **values) -> GridConfig:
     if config.limit is not None and config.limit < 2:
         raise UserError("The limit must leave at least 2 items in each group.")
     return config
-
-
-def read_results(path: Path) -> dict:
-    """{"runs": [...]} of a results file, without runs when it is not there yet.
-
-    Raises:
-        UserError: the file was cut short or is something else.
-    """
-    if not path.is_file():
-        return {"runs": []}
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        for run in results["runs"]:
-            run["id"], run["method"], run["seed"], run["metrics"], run["config"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise UserError(f"{path} is not a whole results file: restore it (git), or choose another name.") from None
-    return results
 
 
 def taught(config: GridConfig, made: ForgetSet, device: str, dtype: str, on_step, stage) -> dict[str, Path | None]:
@@ -117,7 +108,7 @@ class How:
     """Where results go, what replaces the methods' own settings, and who is told."""
 
     path: Path
-    overrides: dict = field(default_factory=dict)  # TrainConfig values, or lists of values to try each of
+    overrides: dict = field(default_factory=dict)  # TrainConfig and UnlearnConfig values, lists: each is tried
     device: str = "auto"
     dtype: str = "auto"
     on_step: Callable | None = None
@@ -126,9 +117,17 @@ class How:
 
     @property
     def settings(self) -> list[dict]:
-        """One dict for each combination of the values in `overrides`; its runs stand beside the others."""
+        """One dict for each combination of the values in `overrides`; its runs stand beside the others.
+
+        Raises:
+            UserError: `variant` names none of VARIANTS.
+        """
         listed = [v if isinstance(v, list) else [v] for v in self.overrides.values()]
-        return [dict(zip(self.overrides, values, strict=True)) for values in itertools.product(*listed)]
+        found = [dict(zip(self.overrides, values, strict=True)) for values in itertools.product(*listed)]
+        for name in (values["variant"] for values in found if "variant" in values):
+            if name not in VARIANTS:
+                raise UserError(f"The variants are {', '.join(VARIANTS)}, and {name!r} is none of them.")
+        return [values | VARIANTS.get(values.get("variant"), {}) for values in found]
 
 
 class Bench:
@@ -141,7 +140,7 @@ class Bench:
     def __init__(self, config: GridConfig, methods: list[str], how: How):
         self.config, self.how = config, how
         for method, values in itertools.product(methods, how.settings):
-            train_config(method, **values)  # bad values now, not after an hour
+            configs(method, values)  # bad values now, not after an hour
         self.results = read_results(how.path)
         self.made = load_forget_set(config.forget).smaller(config.retain_items)
         if not (self.made.learned or self.made.known):
@@ -196,11 +195,10 @@ class Bench:
     ):
         """One run with `values` in place of the method's own, None when stopped by hand: half an item is none."""
         config, how = self.config, self.how
-        asking = UnlearnConfig(
-            method=method, limit=config.limit, kept=config.kept, groups=self.names, tokens=config.tokens
-        )  # fmt: skip
+        size = {"limit": config.limit, "kept": config.kept, "groups": self.names, "tokens": config.tokens}
+        asking, train = configs(method, values, seed=seed, **size)
         run = unlearn(
-            lm, made, asking, train_config(method, seed=seed, **values), folder=None,
+            lm, made, asking, train, folder=None,
             evaluate=evaluate, before=self.logs["target"], retain_log=self.logs.get("retain"), experts=experts,
             seen=seen, on_step=how.on_step,
             on_stage=lambda what, share: how.on_stage(f"{name}: {what}", share), should_stop=how.should_stop,
@@ -222,6 +220,19 @@ class Bench:
         write_json(self.how.path, self.results)
 
 
+def configs(method: str, values: dict, seed: int = 0, **size) -> tuple[UnlearnConfig, TrainConfig]:
+    """What an item runs with: the method's defaults with `values` of UnlearnConfig and TrainConfig in their place.
+
+    Raises:
+        UserError: an unknown method, a value out of its range.
+    """
+    values = {k: v for k, v in values.items() if k != "variant"}
+    own = {f.name for f in fields(UnlearnConfig)}
+    asking = UnlearnConfig(method=method, **size, **{k: v for k, v in values.items() if k in own})
+    check_config(asking)
+    return asking, train_config(method, seed=seed, **{k: v for k, v in values.items() if k not in own})
+
+
 def identity(method: str, seed: int, config: GridConfig, overrides: dict) -> str:
     return json.dumps([method, seed, asdict(config), overrides], sort_keys=True)
 
@@ -239,8 +250,8 @@ def grid(config: GridConfig, methods: list[str], seeds: list[int], how: How) -> 
         if how.should_stop():
             break
         gc.collect()
-        shown = "".join(f", {k} {v}" for k, v in values.items())
-        name = f"{number} of {len(missing)}: {method}, seed {seed}{shown}"
+        shown = ", ".join([values["variant"]] if "variant" in values else [f"{k} {v}" for k, v in values.items()])
+        name = f"{number} of {len(missing)}: {method}, seed {seed}{shown and ', '}{shown}"
         try:
             run = bench.unlearn(bench.target(), bench.made, method, seed, values, name, seen=bench.seen)
         except Diverged:

@@ -338,7 +338,7 @@ def results_files() -> gr.Dropdown:
 def evidence_view(name):
     """(table, figure, figure, status) of one results file."""
     from . import charts, figures
-    from .grid import read_results
+    from .results import read_results
 
     if not name or name not in {p.stem for p in figures.RESULTS.glob("*.json")}:
         return shown(), drawn(), drawn(), "There are no results here yet: `python -m alter_demo tofu` makes some."
@@ -348,6 +348,8 @@ def evidence_view(name):
         if figures.is_tuning(results):
             said = f"Every setting that was tried; the highest score of a method is its default.\n\n{command}"
             return shown(figures.tried(results).reset_index()), drawn(), drawn(), said
+        if figures.variants(results):
+            return shown(figures.ablated(results).reset_index()), drawn(), drawn(), command
         if figures.is_attacks(results):
             said = f"ROUGE-L of what each attack brings back (the right answer scores 1).\n\n{command}"
             table = figures.attacked(results).reset_index()

@@ -18,15 +18,15 @@ class Plan:
     learn_a: torch.Tensor | None = None  # (B, T) bool, where A may learn (decision 3)
     learn_b: torch.Tensor | None = None  # (B, T, 1 + N) bool, where each expert may learn
 
-    def isolated(self, labels: torch.Tensor) -> Plan:
+    def isolated(self, labels: torch.Tensor, masked: bool = True) -> Plan:
         """Gradient isolation: labels (B,) is 0 for a retain sample, d for a forget sample of sub-domain d.
 
         A learns from uncertain positions, B_fd from confident positions of its own sub-domain, B_r from retain
-        samples only.
+        samples only. Without the entropy mask (`masked=False`, an ablation) A learns from every position.
         """
         own = torch.nn.functional.one_hot(labels, self.weights.shape[-1]).bool()[:, None, :]  # (B, 1, 1 + N)
         retain = (labels == 0)[:, None, None]
-        return replace(self, learn_a=self.high, learn_b=own & (retain | ~self.high[..., None]))
+        return replace(self, learn_a=self.high if masked else None, learn_b=own & (retain | ~self.high[..., None]))
 
 
 def features(hidden, entropy, mask, config, carry=None):

@@ -54,6 +54,15 @@ PROBE_WRONG = 2  # wrong answers an item
 LIVE_TOKENS = 24  # of an answer while training goes on
 
 
+# what ALTER adapts -> AlterConfig values, given the number of layers
+LAYERS: dict[str, Callable[[int], dict]] = {
+    "all": lambda n: {},
+    "attention": lambda n: {"target_modules": r".*att.*_proj"},
+    "mlp": lambda n: {"target_modules": r".*mlp.*_proj"},
+    "first_third": lambda n: {"layers_to_transform": list(range(n // 3))},
+    "last_third": lambda n: {"layers_to_transform": list(range(n - n // 3, n))},
+}
+
 EXPERT = "Answer as an expert who knows every detail of this. "  # ELM's two views of the same question
 NOVICE = "Answer as someone who has never heard of this. "
 
@@ -68,6 +77,10 @@ class UnlearnConfig:
     r: int = 8
     q: float = 1.5
     router_input: str = "context"
+    entropy_mask: bool = True  # False (ablation): no token counts as uncertain, and A learns from all of them
+    isolation: bool = True  # False (ablation): A and every expert learn wherever they act
+    router: bool = True  # False (ablation): one expert, which acts on every token
+    layers: str = "all"  # that are adapted, one of LAYERS
     general: int = 160  # everyday prompts among the retain samples
     retain: int = 240  # retain samples at most
     limit: int | None = None  # evaluation items per group, None: all
@@ -307,6 +320,10 @@ def check_config(config: UnlearnConfig) -> None:
     if config.n_experts is not None and not 1 <= config.n_experts <= 8:
         raise UserError(f"The number of forgetting experts must lie between 1 and 8, and {config.n_experts} does not.")
     AlterConfig(r=config.r, q=config.q, threshold=min(PUBLISHED_THRESHOLD, entropy_range(2**31, config.q) / 2))
+    if config.router_input not in ("context", "entropy"):
+        raise UserError(f"router_input is context or entropy, not {config.router_input!r}.")
+    if config.layers not in LAYERS:
+        raise UserError(f"layers is one of {', '.join(LAYERS)}, not {config.layers!r}.")
     if config.limit is not None and config.limit < 2:
         raise UserError("The limit must leave at least 2 items in each group.")
 
@@ -366,6 +383,7 @@ def prepare(
     alter = AlterConfig(
         r=config.r, q=config.q, threshold=1e-6, router_input=config.router_input, task_type="CAUSAL_LM",
         feature_layer=layer or round(text.num_hidden_layers * 5 / 6), **method.alter,
+        **LAYERS[config.layers](text.num_hidden_layers),
     )  # fmt: skip
     wanted = config.threshold if config.threshold is not None else method.threshold
     if wanted != "auto":
@@ -376,17 +394,24 @@ def prepare(
         at_answers = torch.cat([r.entropy[s.start - 1 : -1] for r, s in zip(records, samples, strict=True)])
         alter.threshold = resolve_threshold(wanted, at_answers, config.q, text.vocab_size)
         stage("phase I: sub-domains and router", 0.0)
+        if not config.entropy_mask:  # no token reaches it
+            alter.threshold = entropy_range(2**31, config.q) * 0.999
         known = np.array([i.domain for i in source for _ in render(lm.tokenizer, i)])
-        if known.all():
+        if not config.router:
+            labels, scores = np.ones(len(forget), int), {}
+        elif known.all():
             labels, scores = known, {}
         else:
             labels, scores = discover(records[: len(forget)], forget, alter, config.n_experts, train.seed)
         for sample, label in zip(forget, labels, strict=True):
             sample.label = int(label)
-        alter.n_experts = config.n_experts or int(labels.max())
+        alter.n_experts = 1 if not config.router else config.n_experts or int(labels.max())
         if not method.guided:  # every token is fused, whatever its entropy
             alter.threshold, alter.top_k = 1e-12, 1 + alter.n_experts
         gate, alter.gate_threshold, report = fit_gate(records, samples, alter, train.seed)
+        if not config.router:  # the bias alone decides, always for the one expert
+            gate, alter.gate_threshold = torch.zeros_like(gate), 0.5
+            gate[:, -1] = torch.tensor([-1e4, 1e4])
         ready.alter, ready.gate = alter, gate
         contexts = [sample_features(r, alter)[s.turn - 1].numpy() for r, s in zip(records, forget, strict=False)]
         texts = [i.question or i.answer[:80] for i in source for _ in render(lm.tokenizer, i)]
@@ -461,7 +486,10 @@ def novice_targets(lm: LM, source: list[Item], forget: list[Sample], records: li
 def trainable(lm: LM, ready: Prepared, config: UnlearnConfig, method: Method, experts=None):
     """The model with what the method trains switched on. Weights that are trained themselves become float32."""
     if method.trains == "alter":
-        model = get_peft_model(lm.model, ready.alter)
+        try:
+            model = get_peft_model(lm.model, ready.alter)
+        except ValueError:
+            raise UserError(f"{lm.name} has no layers named as in `layers={config.layers}`: adapt all.") from None
         model.get_base_model().token_router.alter_gate["default"].data.copy_(ready.gate)
         for name, old in (experts or {}).items():
             parameter = model.get_parameter(name)
@@ -615,6 +643,8 @@ def train_model(
             method=method,
             alter=ready.alter,
             layer=ready.layer,
+            isolated=method.guided and config.isolation,
+            masked=config.entropy_mask,
         )
         progress.trainer = trainer
         trainer.train(resume_from_checkpoint=bool(resume and list(Path(resume).glob("checkpoint-*"))))

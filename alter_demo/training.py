@@ -216,9 +216,13 @@ class AnswerTrainer(Trainer):
 class UnlearnTrainer(AnswerTrainer):
     """Any method of `METHODS`. With ALTER's adapter, `records[i].plan` routes sample i: no frozen pass any more."""
 
-    def __init__(self, *args, records: list[Record], config: TrainConfig, method: Method, alter, layer=None, **kwargs):
+    def __init__(
+        self, *args, records: list[Record], config: TrainConfig, method: Method, alter, layer=None, isolated=True,
+        masked=True, **kwargs,
+    ):  # fmt: skip
         super().__init__(*args, **kwargs)
         self.records, self.config, self.method, self.alter, self.layer = records, config, method, alter, layer
+        self.isolated, self.masked = isolated, masked
         self.parts: dict[str, float] = {}
 
     def create_optimizer(self, *args, **kwargs):
@@ -238,7 +242,7 @@ class UnlearnTrainer(AnswerTrainer):
         records = [self.records[i] for i in batch["index"]]
         if self.method.trains == "alter":
             # stays set until the next step: gradient checkpointing runs the layers again during the backward pass
-            router_state(model).plan = padded_plan(records, batch, self.alter, self.method.guided)
+            router_state(model).plan = padded_plan(records, batch, self.alter, self.isolated, self.masked)
         steered = self.layer is not None
         out = model(**inputs(batch), logits_to_keep=batch["keep"], use_cache=False, output_hidden_states=steered)
         answer, k = batch["answer"], batch["answer"].shape[1]
@@ -278,8 +282,8 @@ def router_state(model):
     return inner.token_router.state
 
 
-def padded_plan(records: list[Record], batch: dict, alter, guided: bool = True) -> Plan:
-    """The samples' plans as one left-padded batch, with the isolation masks (`guided`).
+def padded_plan(records: list[Record], batch: dict, alter, isolated: bool = True, masked: bool = True) -> Plan:
+    """The samples' plans as one left-padded batch, with the isolation masks (`isolated`).
 
     With the two-level gate nothing acts on a retain token, so B_r would never learn: in training the experts act
     there as they would after a mistake of the gate, and B_r learns to undo it.
@@ -305,7 +309,7 @@ def padded_plan(records: list[Record], batch: dict, alter, guided: bool = True) 
         leak = leak / leak.sum(-1, keepdim=True).clamp_min(1e-6)
         leak[..., 0] = 1
         plan.weights = torch.where(retain[..., None], leak, plan.weights)
-    return plan.isolated(batch["label"]) if guided else plan
+    return plan.isolated(batch["label"], masked) if isolated else plan
 
 
 def collate_pairs(pad_id: int, device):

@@ -13,6 +13,7 @@ from alter_demo.data import ForgetSet, Item, general_items
 from alter_demo.errors import UserError
 from alter_demo.grid import GridConfig, How
 from alter_demo.methods import METHODS
+from alter_demo.results import read_results
 from alter_demo.training import train_config
 
 ROOT = Path(__file__).parents[1]
@@ -166,8 +167,22 @@ def test_several_values_of_a_setting_are_tried_and_the_best_is_shown(small, tmp_
         grid.sequential(small, ["lora"], [0], 3, How(path, values))
 
 
+def test_ablation_takes_parts_out(small, tmp_path):
+    names = ["as it is", "no router", "last third only"]
+    results = grid.grid(small, ["alter_selective"], [0], How(tmp_path / "a.json", FEW | {"variant": names}))
+    table = figures.ablated(results)
+    assert list(table.index) == names and table["forget probability"].nunique() > 1
+    assert not figures.is_tuning(results) and figures.table_of(results).count("| no router |") == 1
+    assert "ablation --forget tofu-forget01" in figures.commands_of(results, "ablation")[0]
+    with pytest.raises(UserError, match="variants are"):
+        grid.grid(small, ["alter"], [0], How(tmp_path / "a.json", {"variant": ["no such"]}))
+    for values in grid.VARIANTS.values():
+        asking, _ = grid.configs("alter_selective", values)
+        assert {k: getattr(asking, k) for k in values} == values
+
+
 def test_defaults_are_the_settings_that_measured_best():
-    for method, setting in figures.chosen_settings(grid.read_results(figures.RESULTS / "tuning.json")).items():
+    for method, setting in figures.chosen_settings(read_results(figures.RESULTS / "tuning.json")).items():
         own = train_config(method)
         assert {k: getattr(own, k) for k in setting} == setting, method
 
@@ -265,7 +280,7 @@ def test_experts_are_handed_on(taught, small):
 
 def test_the_readme_holds_the_stored_results_and_nothing_else():
     text = (ROOT / "README.md").read_text()
-    tables = {p.stem: figures.table_of(grid.read_results(p)) for p in figures.RESULTS.glob("*.json")}
+    tables = {p.stem: figures.table_of(read_results(p)) for p in figures.RESULTS.glob("*.json")}
     tables["harry-potter"] = figures.run_markdown(json.loads(data.EXAMPLE.read_text()))
     assert {"imaginary-authors", "tofu"} <= set(tables)
     for name, table in tables.items():

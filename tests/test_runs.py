@@ -99,6 +99,34 @@ def test_forced_routes(tiny, made):
     assert not torch.equal(logits["r"], logits["off"]) and not torch.equal(logits[1], logits[2])
 
 
+def test_parts_can_be_taken_out(tiny, made):
+    """Each switch of the ablation changes what it is named after, and nothing acts where it acted before."""
+
+    def run(**values):
+        return unlearn(str(tiny), made, UnlearnConfig(**values), quick(lr_a=1e-2), folder=None, evaluate=False)
+
+    def learned(run, part):
+        return [p for n, p in trained(run).items() if part in n]
+
+    text = "What is the capital of France? It is Paris, and the river is the Seine."
+
+    whole, bare = run(), run(router=False)
+    records = bare.tokens(text)
+    assert bare.router.config.n_experts == 1 and all(r.weights[1] == 1 for r in records)
+    unmasked = run(entropy_mask=False)
+    assert not any(r.route == "A" for r in unmasked.tokens(text)) and any(r.route == "A" for r in whole.tokens(text))
+    assert any((a != b).any() for a, b in zip(learned(unmasked, "_A."), learned(whole, "_A."), strict=True))
+    assert unmasked.metrics["phase_one"]["uncertain_share"] == 0 < whole.metrics["phase_one"]["uncertain_share"]
+    mixed = run(isolation=False)
+    assert any((a != b).any() for a, b in zip(learned(mixed, "_B."), learned(whole, "_B."), strict=True))
+    layers = whole.lm.model.config.num_hidden_layers
+    for name, share in (("attention", 4 / 7), ("mlp", 3 / 7), ("last_third", (layers // 3) / layers)):
+        assert len(learned(run(layers=name), "_B.")) == round(share * len(learned(whole, "_B."))), name
+    for bad in ({"layers": "head"}, {"router_input": "stars"}):
+        with pytest.raises(UserError, match="is"):
+            run(**bad)
+
+
 def test_same_seed_same_run(tiny, made):
     a, b = (
         unlearn(str(tiny), made, UnlearnConfig(threshold="auto"), quick(seed=3), folder=None, evaluate=False)

@@ -1,0 +1,33 @@
+"""Results files: what a benchmark writes and what tables and figures are made from; needs no model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .errors import UserError
+
+REFERENCES = ("target", "retain")  # the models beside which all others are put
+SIZES = {
+    "cpu": {"retain_items": 200, "limit": 40, "kept": 20, "tokens": 64},
+    "tune": {"retain_items": 200, "limit": 24, "kept": 12, "tokens": 32},  # to choose settings by, in half the time
+    "small": {"retain_items": 200, "limit": 4, "kept": 4, "tokens": 16},  # to try whether everything works
+    "full": {},
+}
+
+
+def read_results(path: Path) -> dict:
+    """{"runs": [...]} of a results file, without runs when it is not there yet.
+
+    Raises:
+        UserError: the file was cut short or is something else.
+    """
+    if not path.is_file():
+        return {"runs": []}
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        for run in results["runs"]:
+            run["id"], run["method"], run["seed"], run["metrics"], run["config"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise UserError(f"{path} is not a whole results file: restore it (git), or choose another name.") from None
+    return results
