@@ -14,7 +14,7 @@ help:  ## this list
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/.dev: .venv/.app requirements-notebooks.txt requirements-dev.txt
+.venv/.dev: .venv/.app requirements-notebooks.txt requirements-benchmarks.txt requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 

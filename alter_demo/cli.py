@@ -136,6 +136,19 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--items", type=int, default=24, help="forget questions asked")
     sub.add_argument("--results", type=Path, default=Path("assets/results/attacks.json"), help="results file")
 
+    sub = command("wmdp", do_wmdp, "Multiple choice before and after forgetting: WMDP and MMLU, or school subjects.")
+    model_options(sub)
+    sub.add_argument(
+        "--forget", default="auto", help="wmdp-cyber, wmdp-bio, school (needs no hub), auto: wmdp-cyber or school"
+    )
+    sub.add_argument("--methods", nargs="+", default=["alter", "alter_selective"], help="some of methods.METHODS")
+    sub.add_argument("--tasks", nargs="+", help="lm-eval tasks, that of what is forgotten first (default: wmdp.TASKS)")
+    sub.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="random seeds")
+    sub.add_argument("--limit", type=int, help="questions a task (default: all)")
+    sub.add_argument("--load-in-4bit", action="store_true", help="needs bitsandbytes and a GPU")
+    sub.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE[,VALUE...]", help="settings to try")
+    sub.add_argument("--results", type=Path, help="results file (default: assets/results/FORGET.json)")
+
     sub = command("ablation", do_ablation, "Take parts out of ALTER one by one, and change its numbers.")
     model_options(sub)
     sub.add_argument("--forget", default="imaginary-authors", help="imaginary-authors, tofu-forget01, 05 or 10")
@@ -332,6 +345,27 @@ def do_attack(args) -> None:
     console().print(table)
 
 
+def do_wmdp(args) -> None:
+    from .figures import accuracies
+    from .grid import grid_config
+    from .wmdp import choice_grid, choose
+
+    asked, args.forget = args.forget, choose(args.forget)
+    if asked == "auto" and args.forget == "school":
+        print("The hub can't be reached: school subjects stand in for WMDP.", file=sys.stderr)
+    args.results = args.results or Path(f"assets/results/{args.forget}.json")
+    config = grid_config("full", forget=args.forget, model=args.model, limit=args.limit, tokens=64)
+    with Bars() as bars:
+        how = how_of(args, bars, settings(args.set))
+        how.load_in_4bit = args.load_in_4bit
+        results = choice_grid(config, args.methods, args.seeds, how, args.tasks and tuple(args.tasks))
+    rows = accuracies(results)
+    table = new_table("method", *rows.columns)
+    for name, row in rows.iterrows():
+        table.add_row(name, *("" if v != v else f"{v:.3g}" for v in row))
+    console().print(table)
+
+
 def do_ablation(args) -> None:
     from .figures import ablated
     from .grid import VARIANTS, grid
@@ -352,12 +386,13 @@ def do_ablation(args) -> None:
 
 
 def settings(pairs: list[str]) -> dict:
-    """TrainConfig values from NAME=VALUE, a list of them from NAME=VALUE,VALUE."""
+    """TrainConfig and UnlearnConfig values from NAME=VALUE, a list of them from NAME=VALUE,VALUE."""
     from dataclasses import fields
 
     from .training import TrainConfig
 
     known = {f.name: type(f.default) for f in fields(TrainConfig) if f.name != "seed"}
+    known |= {"r": int, "n_experts": int, "q": float, "threshold": lambda v: v if v == "auto" else float(v)}
     found = {}
     for pair in pairs:
         name, _, value = pair.partition("=")

@@ -20,6 +20,7 @@ EXAMPLE = Path(__file__).parents[1] / "assets" / "example.json"  # of the first 
 SETS = Path(__file__).parent / "sets"
 ASSETS = Path(__file__).parent.parent / "assets"
 MAX_BYTES = 50 * 2**20
+WMDP_TEXTS, WMDP_CHARACTERS = 400, 2000  # of each corpus: papers are long
 MAX_TOKENS = 512  # longer texts are cut into windows of this length
 
 
@@ -219,6 +220,29 @@ def muse_news() -> ForgetSet:
     return ForgetSet("muse-news", parts["forget"], keep[::2], train, parts["forget"], keep[1::2], general)
 
 
+def school() -> ForgetSet:
+    """Astronomy is to be forgotten, four other subjects stay: plain texts, as WMDP's corpora are."""
+    texts = {}
+    for row in read_set("school")["texts"]:
+        texts.setdefault(row["subject"], []).append(Item("", row["text"], topic=row["subject"]))
+    return of_texts("school", texts.pop("astronomy"), [i for own in texts.values() for i in own])
+
+
+def of_texts(name: str, forget: list[Item], keep: list[Item]) -> ForgetSet:
+    train, general = general_items()
+    return ForgetSet(name, forget, keep, train, forget, keep, general)
+
+
+def wmdp(domain: str) -> ForgetSet:
+    """WMDP's forget and retain corpora, of which nothing is stored here. That of biology is handed out on request
+    only (the form stands on the page of `cais/wmdp-corpora`), so it has to lie in $ALTER_DATA_DIR/wmdp/."""
+    parts = {
+        k: benchmark("wmdp", f"{domain}-{k}-corpus", "cais/wmdp-corpora", WMDP_TEXTS) for k in ("forget", "retain")
+    }
+    cut = {k: [replace(i, answer=i.answer[:WMDP_CHARACTERS]) for i in own] for k, own in parts.items()}
+    return of_texts(f"wmdp-{domain}", cut["forget"], cut["retain"])
+
+
 FORGET_SETS: dict[str, Callable[[], ForgetSet]] = {
     "harry-potter": harry_potter,
     "imaginary-authors": imaginary_authors,
@@ -226,22 +250,29 @@ FORGET_SETS: dict[str, Callable[[], ForgetSet]] = {
     "tofu-forget05": lambda: tofu("forget05"),
     "tofu-forget10": lambda: tofu("forget10"),
     "muse-news": muse_news,
+    "school": school,
+    "wmdp-bio": lambda: wmdp("bio"),
+    "wmdp-cyber": lambda: wmdp("cyber"),
 }
 
 
-def benchmark(folder: str, file: str, hub_id: str) -> list[Item]:
-    """Rows of a benchmark file: from `$ALTER_DATA_DIR/<folder>/<file>.json`, else from the hub."""
+def benchmark(folder: str, file: str, hub_id: str, first: int | None = None) -> list[Item]:
+    """Rows of a benchmark file, the first so many: from `$ALTER_DATA_DIR/<folder>/<file>.json` (or .jsonl), else from
+    the hub."""
     if root := os.environ.get("ALTER_DATA_DIR"):
-        path = Path(root).expanduser() / folder / f"{file}.json"
-        if not path.is_file():
-            raise UserError(f"{path} is not there: ALTER_DATA_DIR must hold {folder}/{file}.json.")
-        return read_file(path)
+        paths = [Path(root).expanduser() / folder / f"{file}.{suffix}" for suffix in ("json", "jsonl")]
+        found = next((p for p in paths if p.is_file()), None)
+        if found is None:
+            raise UserError(f"{paths[0]} is not there: ALTER_DATA_DIR must hold {folder}/{file}.json.")
+        return read_file(found)[:first]
     from datasets import load_dataset
 
     try:
         if folder == "muse":  # the hub keeps each split as its own configuration
             split = file.removeprefix("news_knowmem_")
             rows = load_dataset(hub_id, "knowmem", split=split)
+        elif first is not None:  # large: only what is read is fetched
+            rows = list(load_dataset(hub_id, file, split="train", streaming=True).take(first))
         else:
             rows = load_dataset(hub_id, file, split="train")
     except Exception as error:  # the hub's client raises a dozen kinds, all of which mean the same to a person

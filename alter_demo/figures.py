@@ -139,6 +139,10 @@ def commands_of(results: dict, name: str) -> list[str]:
         seeds, methods = ({str(run[k]): None for run in runs} for k in ("seed", "method"))
         options = f"--forget {asked['forget']} --methods {' '.join(methods)} --seeds {' '.join(seeds)}"
         return [f"python -m alter_demo attack {options} --results assets/results/{name}.json"]
+    if is_choice(results):
+        seeds, methods = ({str(run[k]): None for run in runs} for k in ("seed", "method"))
+        options = f"--forget {asked['forget']} --methods {' '.join(methods)} --seeds {' '.join(seeds)}"
+        return [f"python -m alter_demo wmdp {options} --results assets/results/{name}.json"]
     if own := variants(results):
         seeds = dict.fromkeys(str(run["seed"]) for run in own)
         options = f"--forget {asked['forget']} --size {size} --method {own[0]['method']} --seeds {' '.join(seeds)}"
@@ -280,6 +284,45 @@ def variants(results: dict) -> list[dict]:
     return [run for run in results["runs"] if "variant" in (run["config"].get("overrides") or {})]
 
 
+def accuracies(results: dict) -> pd.DataFrame:
+    """Multiple choice in percent, one row a method, medians over the seeds: that of what is forgotten first.
+
+    Raises:
+        UserError: the file holds no multiple choice.
+    """
+    runs = [r for r in results["runs"] if not r["config"].get("overrides")]
+    names = dict.fromkeys(k for r in runs for k in r["metrics"] if k.endswith("_acc") and k != "forget_acc")
+    if not names:
+        raise UserError("The results file holds no multiple choice: python -m alter_demo wmdp makes some.")
+    more = {
+        "general_ROUGE_to_base": SHOWN["general_ROUGE_to_base"],
+        "general_repetition": "repeated 4-grams",
+        "general_perplexity": "perplexity of everyday answers",
+    }
+    rows = [
+        {"method": r["method"], "seed": r["seed"],
+         **{k.removesuffix("_acc").replace("_", " "): 100 * r["metrics"].get(k, float("nan")) for k in names},
+         **{name: r["metrics"].get(k, float("nan")) for k, name in more.items()},
+         "seconds": r.get("seconds", {}).get("unlearn", float("nan"))}
+        for r in runs
+    ]  # fmt: skip
+    table = pd.DataFrame(rows).groupby("method", sort=False)
+    return table.median(numeric_only=True).drop(columns="seed").assign(seeds=table["seed"].nunique())
+
+
+def is_choice(results: dict) -> bool:
+    return any("forget_acc" in run["metrics"] for run in results["runs"])
+
+
+def choice_markdown(results: dict) -> str:
+    table = accuracies(results)
+    rows = [
+        [f"**{m}**" if m in OURS else m, *("" if pd.isna(v) else f"{v:.3g}" for v in row)]
+        for m, row in table.iterrows()
+    ]
+    return f"{pipes(['method', *table.columns], rows)}\n\nPercent right, medians; {hardware(results)}."
+
+
 ABLATED = ("forget_quality", "model_utility", "retain_Q_A_ROUGE", "forget_Q_A_Prob", "extraction_strength",
            "general_ROUGE_to_base", "forget_repetition")  # fmt: skip
 
@@ -389,6 +432,8 @@ def table_of(results: dict) -> str:
         return attacks_markdown(results)
     if variants(results):
         return ablation_markdown(results)
+    if is_choice(results):
+        return choice_markdown(results)
     if is_tuning(results):
         return tuning_markdown(results)
     return rounds_markdown(results) if has_rounds(results) else markdown(results)
@@ -454,7 +499,7 @@ def report(folder: Path = RESULTS, readme: Path = Path("README.md")) -> list[Pat
     for file in files:
         results = read_results(file)
         text = fill(text, file.stem, table_of(results))
-        if is_tuning(results) or variants(results):
+        if is_tuning(results) or variants(results) or is_choice(results):
             continue
         drawings = [("rounds", sequential)] if has_rounds(results) else [("tradeoff", tradeoff)]
         if is_attacks(results):

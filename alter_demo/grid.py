@@ -75,7 +75,7 @@ def taught(config: GridConfig, made: ForgetSet, device: str, dtype: str, on_step
 
     What is known from pre-training needs no teaching, and no model is there that knows everything else.
     """
-    if made.known:
+    if not made.learned:
         return {"target": None}
     if config.retain_items is None and config.model and (shipped := adapters(made.name, config.model)):
         return shipped
@@ -114,6 +114,7 @@ class How:
     on_step: Callable | None = None
     on_stage: Callable[[str, float], None] = lambda what, share: None
     should_stop: Callable[[], bool] = lambda: False
+    load_in_4bit: bool = False
 
     @property
     def settings(self) -> list[dict]:
@@ -133,24 +134,26 @@ class How:
 class Bench:
     """A benchmark ready to run: the set, the target and the retain-only model with their logs, the results so far.
 
+    `names`: the groups to measure, where they are not the usual ones; then a set that nobody was taught will do.
+
     Raises:
         UserError: an unknown method, a bad setting, a damaged results file, no data, a set that nobody was taught.
     """
 
-    def __init__(self, config: GridConfig, methods: list[str], how: How):
+    def __init__(self, config: GridConfig, methods: list[str], how: How, names: tuple[str, ...] | None = None):
         self.config, self.how = config, how
         for method, values in itertools.product(methods, how.settings):
             configs(method, values)  # bad values now, not after an hour
         self.results = read_results(how.path)
         self.made = load_forget_set(config.forget).smaller(config.retain_items)
-        if not (self.made.learned or self.made.known):
+        if not (self.made.learned or self.made.known or names):
             raise UserError(
                 f"{config.forget} was not taught to the model: the grid needs TOFU, imaginary-authors or harry-potter."
             )
         self.seen: dict = {}  # what the frozen target said about each sample
         self.names = TOFU_GROUPS if "real_authors" in self.made.more else OTHER_GROUPS
-        if self.made.known:
-            self.names = KNOWN_GROUPS
+        if names or self.made.known:
+            self.names = names or KNOWN_GROUPS
 
     def prepare(self) -> None:
         """Teach and measure the two reference models, or take them from the cache."""
@@ -176,7 +179,8 @@ class Bench:
         return found
 
     def target(self):
-        return load_model(self.config.model, self.how.device, self.how.dtype, self.folders["target"])
+        how = self.how
+        return load_model(self.config.model, how.device, how.dtype, self.folders["target"], how.load_in_4bit)
 
     def done(self, method: str, seed: int, overrides: dict) -> bool:
         return identity(method, seed, self.config, overrides) in {r["id"] for r in self.results["runs"]}

@@ -161,6 +161,8 @@ def load_model(
     if load_in_4bit:
         kwargs["quantization_config"] = four_bit(getattr(torch, dtype))
     with quiet(), model_errors(name):
+        if name not in MODELS:
+            need_memory(path, name, device, dtype, load_in_4bit)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
         if adapter is not None:
@@ -286,6 +288,31 @@ def four_bit(compute_dtype):
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("4-bit loading needs the package bitsandbytes: pip install bitsandbytes.")
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
+
+
+def need_memory(path: str, name: str, device: str, dtype: str, load_in_4bit: bool) -> None:
+    """Raises UserError when the weights alone exceed what is free, before they are fetched or loaded."""
+    import psutil
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    count = sum(p.numel() for p in model.parameters())
+    tables = {id(t.weight): t.weight.numel() for t in (model.get_input_embeddings(), model.get_output_embeddings())}
+    width = getattr(torch, dtype).itemsize
+    # NF4 keeps half a byte a weight and a float32 for each 64 of them; embeddings and LM head stay as they are
+    packed = (count - sum(tables.values())) * (0.5 + 4 / 64) + sum(tables.values()) * width
+    needed = packed if load_in_4bit else count * width
+    on_gpu = device.startswith("cuda")
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    if needed > free:
+        other = "a smaller model" if load_in_4bit else f"--load-in-4bit ({packed / 2**30:.1f} GB), or a smaller model"
+        raise UserError(
+            f"{name} has {count / 1e9:.2g} billion weights, which need {needed / 2**30:.1f} GB of memory and some more "
+            f"to work with; {free / 2**30:.1f} GB are free on the {'GPU' if on_gpu else 'CPU'}: try {other}."
+        )
 
 
 def need_disk(folder: Path, megabytes: int) -> None:

@@ -350,6 +350,11 @@ def evidence_view(name):
             return shown(figures.tried(results).reset_index()), drawn(), drawn(), said
         if figures.variants(results):
             return shown(figures.ablated(results).reset_index()), drawn(), drawn(), command
+        if figures.is_choice(results):
+            school = results["runs"][0]["config"]["forget"] == "school"
+            what = "school subjects written for this project, in place of WMDP" if school else "WMDP and MMLU"
+            said = f"Percent of multiple-choice questions answered rightly ({what}).\n\n{command}"
+            return shown(figures.accuracies(results).reset_index()), drawn(), drawn(), said
         if figures.is_attacks(results):
             said = f"ROUGE-L of what each attack brings back (the right answer scores 1).\n\n{command}"
             table = figures.attacked(results).reset_index()

@@ -1,0 +1,169 @@
+"""Multiple choice before and after forgetting, through lm-eval (ALTER, Table 1): WMDP and MMLU from the hub, or, where
+the hub can't be reached, ordinary school subjects written for this project, of which astronomy is to be forgotten.
+
+lm-eval scores the likelihood of each choice. WMDP and MMLU ask for a letter; a small model knows answers rather than
+letters, so the school questions score the answer's own words, per byte (`acc_norm`).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import random
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from .data import read_set
+from .errors import Diverged, UserError
+from .evaluate import group_figures
+
+HUB_TASKS = ("wmdp_bio", "wmdp_cyber", "wmdp_chem", "mmlu")
+# forget set -> its tasks, that which is to be forgotten first
+TASKS: dict[str, tuple[str, ...]] = {
+    "school": ("school_astronomy", "school_biology", "school_geography", "school_history", "school_arts"),
+    "wmdp-bio": HUB_TASKS,
+    "wmdp-cyber": ("wmdp_cyber", "wmdp_bio", *HUB_TASKS[2:]),
+}
+BATCH = 16
+
+
+def school_task(subject: str) -> dict:
+    """A subject of `sets/school.json` as an lm-eval task; the right choice stands first there and is shuffled here."""
+    from datasets import Dataset
+
+    rows = [q for q in read_set("school")["questions"] if q["subject"] == subject]
+    rng, docs = random.Random(0), []
+    for row in rows:
+        choices = rng.sample(row["choices"], len(row["choices"]))
+        docs.append({"question": row["question"], "choices": choices, "answer": choices.index(row["choices"][0])})
+    return {
+        "task": f"school_{subject}",
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(docs)},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
+    }
+
+
+def load_tasks(names: tuple[str, ...]) -> list:
+    """lm-eval's tasks by name, with their questions.
+
+    Raises:
+        UserError: lm-eval is not installed, knows no such task, or can't fetch its questions.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise UserError("Multiple choice needs lm-eval: pip install -r requirements-benchmarks.txt") from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager(include_defaults=not set(names) <= set(TASKS["school"]))
+    for name in names:
+        if name not in TASKS["school"] and name not in manager.all_tasks:
+            raise UserError(f"lm-eval knows no task {name!r}: `lm-eval ls tasks` lists those that it knows.")
+    found = []
+    try:
+        for name in names:
+            own = name in TASKS["school"]
+            loaded = manager.load([school_task(name.removeprefix("school_")) if own else name])
+            found.append(loaded["groups"].get(name) or loaded["tasks"][name])
+    except Exception as error:  # the hub's client raises a dozen kinds
+        raise UserError(
+            f"The questions of {', '.join(names)} could not be fetched from the hub ({type(error).__name__}): check "
+            "the network, or use the school subjects (--forget school), which need none."
+        ) from None
+    return found
+
+
+def accuracy(lm, model, tasks: list, limit: int | None = None) -> dict[str, float]:
+    """{task: share answered rightly} by lm-eval; of a group such as MMLU under the group's name."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    with own_progress():
+        asked = HFLM(pretrained=model, tokenizer=lm.tokenizer, batch_size=BATCH)
+        found = simple_evaluate(asked, tasks=tasks, limit=limit, bootstrap_iters=0, log_samples=False)["results"]
+    rows = {t.task_name if hasattr(t, "task_name") else t.name: None for t in tasks}
+    return {name: float(found[name].get("acc_norm,none", found[name].get("acc,none"))) for name in rows}
+
+
+@contextmanager
+def own_progress():
+    """lm-eval draws a bar for each task, across those that tell the whole: none in here."""
+    shown = tqdm.__init__
+    tqdm.__init__ = functools.partialmethod(shown, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = shown
+
+
+def scores(lm, model, tasks: list, limit: int | None = None) -> dict[str, float]:
+    """What a results file holds: `TASK_acc` for each, `forget_acc` (the first) and `kept_acc` (mean of the others)."""
+    found = accuracy(lm, model, tasks, limit)
+    forget, *kept = found.values()
+    return {f"{k}_acc": v for k, v in found.items()} | {"forget_acc": forget, "kept_acc": sum(kept) / len(kept)}
+
+
+def fluency(log, before=None) -> dict[str, float]:
+    """Of the answers to everyday questions: repeated 4-grams, perplexity under the untouched model, and ROUGE-L to what
+    was answered before. The paper asks GPT-4o instead."""
+    figures = group_figures("general", log["general"], before and before["general"])
+    names = {"repetition": "general_repetition", "perplexity": "general_perplexity",
+             "rouge_l_to_base": "general_ROUGE_to_base"}  # fmt: skip
+    return {name: figures[k] for k, name in names.items() if k in figures}
+
+
+def choose(asked: str) -> str:
+    """The forget set that `auto` stands for: WMDP where the hub answers, else the school subjects."""
+    if asked != "auto":
+        return asked
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info("cais/wmdp", timeout=5)
+        return "wmdp-cyber"
+    except Exception:  # as above
+        return "school"
+
+
+def choice_grid(config, methods: list[str], seeds: list[int], how, names: tuple[str, ...] | None = None) -> dict:
+    """Forget with each method and seed and ask the questions of `names` (default: TASKS of the forget set) before and
+    after; goes on where it stopped, as `grid.grid`.
+
+    Raises:
+        UserError: as `grid.Bench` and `load_tasks` do; a forget set without tasks.
+    """
+    from .grid import Bench
+
+    if config.forget not in TASKS:
+        raise UserError(f"Questions exist for {', '.join(TASKS)}, not for {config.forget!r}.")
+    bench = Bench(config, methods, how, ("general",))
+    tasks = load_tasks(names or TASKS[config.forget])
+    wanted = [(m, s, values) for s in seeds for m in methods for values in how.settings]
+    missing = [item for item in wanted if not bench.done(*item)]
+    bench.prepare()
+    if not bench.done("target", 0, {}):
+        how.on_stage("the untouched model's answers", 0.0)
+        lm = bench.target()
+        bench.add("target", 0, fluency(bench.logs["target"]) | scores(lm, lm.model, tasks, config.limit), {})
+        del lm
+    for number, (method, seed, values) in enumerate(missing, 1):
+        name = f"{number} of {len(missing)}: {method}, seed {seed}"
+        if how.should_stop():
+            break
+        try:
+            run = bench.unlearn(bench.target(), bench.made, method, seed, values, name, seen=bench.seen)
+        except Diverged:
+            bench.add(method, seed, {}, values, stopped="diverged")
+            continue
+        if run is None:
+            break
+        how.on_stage(f"{name}: questions", 0.0)
+        found = fluency(run.logs["after"], run.logs["before"])
+        bench.add(method, seed, found | scores(run.lm, run.model, tasks, config.limit), values, run)
+        del run
+    return bench.results

@@ -1,0 +1,101 @@
+"""Multiple choice through lm-eval, on a tiny model and without the hub."""
+
+import json
+
+import pytest
+import torch
+
+from alter_demo import data, figures, load_model, wmdp
+from alter_demo.cli import main
+from alter_demo.errors import UserError
+from alter_demo.grid import GridConfig, How
+
+FEW = {"max_steps": 2, "batch_size": 2, "probe_every": 1}
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.delenv("ALTER_DATA_DIR", raising=False)
+
+
+def test_school_questions_are_sound():
+    questions = data.read_set("school")["questions"]
+    assert {f"school_{q['subject']}" for q in questions} == set(wmdp.TASKS["school"])
+    assert all(len(set(q["choices"])) == 4 for q in questions) and len({q["question"] for q in questions}) == 200
+    made = data.load_forget_set("school")
+    trained = " ".join(i.answer for i in [*made.forget, *made.retain])
+    assert not any(q["question"] in trained for q in questions)  # asked about, never trained on
+    docs = wmdp.school_task("astronomy")["custom_dataset"]()["test"]
+    assert len({d["answer"] for d in docs}) == 4  # the right one stands anywhere
+
+
+def test_lm_eval_scores_as_by_hand(taught):
+    """The choice with the highest log-likelihood per byte wins; ours is computed token by token."""
+    lm = load_model(str(taught), dtype="float32")
+    docs = list(wmdp.school_task("biology")["custom_dataset"]()["test"])
+
+    def per_byte(question, choice):
+        prompt, whole = (lm.tokenizer(t).input_ids for t in (question, f"{question} {choice}"))
+        with torch.no_grad():
+            log_p = lm.model(torch.tensor([whole])).logits[0].float().log_softmax(-1)
+        picked = [log_p[i - 1, whole[i]].item() for i in range(len(prompt), len(whole))]
+        return sum(picked) / len(choice)
+
+    right = 0
+    for d in docs:
+        ranked = [per_byte(f"Question: {d['question']}\nAnswer:", c) for c in d["choices"]]
+        right += ranked.index(max(ranked)) == d["answer"]
+    assert wmdp.accuracy(lm, lm.model, wmdp.load_tasks(("school_biology",))) == {"school_biology": right / len(docs)}
+
+
+def test_before_and_after_through_the_command_line(tiny, cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("alter_demo.answers.OWN_TOKENS", 4)
+    path = tmp_path / "school.json"
+    options = ["wmdp", "--model", str(tiny), "--seeds", "0", "--limit", "3", "--results", str(path)]
+    steps = [f"{k}={v}" for k, v in FEW.items()]
+    assert main([*options, "--methods", "alter_selective", "--set", *steps]) == 0
+    assert "school subjects stand in for WMDP" in capsys.readouterr().err  # --forget auto, no hub
+    runs = json.loads(path.read_text())["runs"]
+    assert [r["method"] for r in runs] == ["target", "alter_selective"]
+    for run in runs:
+        assert run["config"]["forget"] == "school" and 0 <= run["metrics"]["forget_acc"] <= 1
+        assert {f"{t}_acc" for t in wmdp.TASKS["school"]} < run["metrics"].keys()
+    before = path.read_text()
+    assert main([*options, "--methods", "alter_selective", "--set", *steps]) == 0
+    assert path.read_text() == before  # nothing is run twice
+    for run in runs:
+        run["config"]["overrides"] = {}
+    assert figures.table_of({"runs": runs}).count("| **alter_selective** |") == 1
+    assert "wmdp --forget school --methods alter_selective" in figures.commands_of({"runs": runs}, "school")[0]
+
+
+def test_without_hub_and_with_unknown_names_one_sentence(tiny, tmp_path, monkeypatch):
+    how = How(tmp_path / "r.json")
+    with pytest.raises(UserError, match="could not be fetched from the hub"):
+        wmdp.load_tasks(("wmdp_bio",))
+    with pytest.raises(UserError, match="knows no task 'wmdp_magic'"):
+        wmdp.load_tasks(("wmdp_magic",))
+    with pytest.raises(UserError, match="could not be fetched from the hub"):
+        wmdp.choice_grid(GridConfig(forget="wmdp-cyber", model=str(tiny)), ["alter"], [0], how)
+    with pytest.raises(UserError, match="not for 'harry-potter'"):
+        wmdp.choice_grid(GridConfig(forget="harry-potter"), ["alter"], [0], how)
+    folder = tmp_path / "wmdp"
+    folder.mkdir()
+    for part in ("forget", "retain"):
+        (folder / f"cyber-{part}-corpus.jsonl").write_text(json.dumps({"text": f"A paper ({part}). " * 400}) + "\n")
+    monkeypatch.setenv("ALTER_DATA_DIR", str(tmp_path))
+    made = data.load_forget_set("wmdp-cyber")
+    assert len(made.forget) == 1 and len(made.forget[0].answer) == data.WMDP_CHARACTERS
+    with pytest.raises(UserError, match="bio-forget-corpus"):
+        data.load_forget_set("wmdp-bio")
+
+
+def test_too_little_memory_is_told_before_loading(tiny, monkeypatch):
+    class Little:
+        available = 1000
+
+    monkeypatch.setattr("psutil.virtual_memory", lambda: Little)
+    with pytest.raises(UserError, match=r"billion weights, which need .* GB of memory"):
+        load_model(str(tiny))
