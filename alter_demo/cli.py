@@ -21,6 +21,7 @@ EXAMPLES = """examples:
 """
 
 
+RETAIN_MODEL = "model that never saw the forget set, where --model has learned it (default: both are taught)"
 ATTACKED = ["alter_selective", "alter", "npo", "grad_diff", "rmu", "lora"]
 
 
@@ -125,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--limit", type=int, help="measured items a group (default: the size's own)")
     sub.add_argument("--rounds", type=int, help="forget the set in so many rounds, each from the last (sequential)")
     sub.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE[,VALUE...]", help="TrainConfig values to try")
+    sub.add_argument("--retain-model", help=RETAIN_MODEL)
     sub.add_argument("--results", type=Path, default=Path("assets/results/tofu.json"), help="results file")
 
     sub = command("attack", do_attack, "Unlearn, then try to get it back: prompts, samples, rounding, relearning.")
@@ -147,6 +149,17 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--limit", type=int, help="questions a task (default: all)")
     sub.add_argument("--load-in-4bit", action="store_true", help="needs bitsandbytes and a GPU")
     sub.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE[,VALUE...]", help="settings to try")
+    sub.add_argument("--results", type=Path, help="results file (default: assets/results/FORGET.json)")
+
+    sub = command("muse", do_muse, "MUSE: what is left of news or books, by the size of the forget set or by rounds.")
+    model_options(sub)
+    sub.add_argument("--forget", default="muse-news", help="muse-news or muse-books")
+    sub.add_argument("--methods", nargs="+", default=["alter", "alter_selective"], help="some of methods.METHODS")
+    sub.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="random seeds")
+    sub.add_argument("--shares", nargs="+", type=float, default=[0.25, 0.5, 1.0], help="of the forget set")
+    sub.add_argument("--rounds", type=int, help="forget the set in so many rounds instead (results: muse-rounds.json)")
+    sub.add_argument("--retain-model", help=RETAIN_MODEL)
+    sub.add_argument("--load-in-4bit", action="store_true", help="needs bitsandbytes and a GPU")
     sub.add_argument("--results", type=Path, help="results file (default: assets/results/FORGET.json)")
 
     sub = command("ablation", do_ablation, "Take parts out of ALTER one by one, and change its numbers.")
@@ -292,6 +305,7 @@ def do_tofu(args) -> None:
     config = grid_of(args)
     with Bars() as bars:
         how, rounds = how_of(args, bars, settings(args.set)), args.rounds
+        how.retain_model = args.retain_model
         results = (
             grid(config, methods, args.seeds, how)
             if rounds is None
@@ -364,6 +378,24 @@ def do_wmdp(args) -> None:
     for name, row in rows.iterrows():
         table.add_row(name, *("" if v != v else f"{v:.3g}" for v in row))
     console().print(table)
+
+
+def do_muse(args) -> None:
+    from .figures import table_of
+    from .grid import grid_config, sequential
+    from .muse import KNOWLEDGE_TOKENS, muse_grid
+
+    default = f"assets/results/{args.forget}{'-rounds' if args.rounds else ''}.json"
+    args.results = args.results or Path(default)
+    config = grid_config("full", forget=args.forget, model=args.model, tokens=KNOWLEDGE_TOKENS)
+    with Bars() as bars:
+        how = how_of(args, bars)
+        how.load_in_4bit, how.retain_model = args.load_in_4bit, args.retain_model
+        if args.rounds:
+            results = sequential(config, args.methods, args.seeds, args.rounds, how)
+        else:
+            results = muse_grid(config, args.methods, args.seeds, how, tuple(args.shares))
+    print(table_of(results))
 
 
 def do_ablation(args) -> None:

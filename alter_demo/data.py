@@ -213,11 +213,29 @@ def tofu(split: str) -> ForgetSet:
     )
 
 
-def muse_news() -> ForgetSet:
-    parts = {k: benchmark("muse", f"news_knowmem_{k}_qa", "muse-bench/MUSE-News") for k in ("forget", "retain")}
+def muse(kind: str) -> ForgetSet:
+    """MUSE-News or MUSE-Books. Its questions are asked; trained on are its texts where they are there (the hub has
+    them), else the questions. Then a fifth of the forget questions is left out as `holdout`, which nobody is taught."""
+    asked = {k: muse_part(kind, f"knowmem_{k}_qa") for k in ("forget", "retain")}
+    texts, keep_texts = muse_part(kind, "raw_forget", True), muse_part(kind, "raw_retain1", True)
+    forget, holdout = asked["forget"], []
+    if not texts:
+        cut = len(forget) * 4 // 5
+        forget, holdout = forget[:cut], forget[cut:]
     train, general = general_items()
-    keep = parts["retain"]
-    return ForgetSet("muse-news", parts["forget"], keep[::2], train, parts["forget"], keep[1::2], general)
+    return ForgetSet(
+        f"muse-{kind}", forget, keep_texts or asked["retain"], train, forget, asked["retain"], general,
+        training=texts or None, learned=True, more={"retain": asked["retain"]}, holdout=holdout,
+    )  # fmt: skip
+
+
+def muse_part(kind: str, name: str, optional: bool = False) -> list[Item]:
+    """One part of MUSE, e.g. `knowmem_forget_qa` or `verbmem_forget`; [] for an `optional` one that a folder of one's
+    own lacks."""
+    root = os.environ.get("ALTER_DATA_DIR")
+    if optional and root and not list((Path(root).expanduser() / "muse").glob(f"{kind}_{name}.json*")):
+        return []
+    return benchmark("muse", f"{kind}_{name}", f"muse-bench/MUSE-{kind.title()}")
 
 
 def school() -> ForgetSet:
@@ -249,7 +267,8 @@ FORGET_SETS: dict[str, Callable[[], ForgetSet]] = {
     "tofu-forget01": lambda: tofu("forget01"),
     "tofu-forget05": lambda: tofu("forget05"),
     "tofu-forget10": lambda: tofu("forget10"),
-    "muse-news": muse_news,
+    "muse-news": lambda: muse("news"),
+    "muse-books": lambda: muse("books"),
     "school": school,
     "wmdp-bio": lambda: wmdp("bio"),
     "wmdp-cyber": lambda: wmdp("cyber"),
@@ -269,8 +288,8 @@ def benchmark(folder: str, file: str, hub_id: str, first: int | None = None) -> 
 
     try:
         if folder == "muse":  # the hub keeps each split as its own configuration
-            split = file.removeprefix("news_knowmem_")
-            rows = load_dataset(hub_id, "knowmem", split=split)
+            _, part, split = file.split("_", 2)
+            rows = load_dataset(hub_id, part, split=split)
         elif first is not None:  # large: only what is read is fetched
             rows = list(load_dataset(hub_id, file, split="train", streaming=True).take(first))
         else:

@@ -26,6 +26,10 @@ OURS = ("alter", "alter_selective")
 COST_BASES = ("asym_lora", "grad_diff")  # what a method's seconds and memory are set beside
 SYMBOLS = ("circle", "square", "triangle-up", "triangle-down", "cross", "pentagon", "hexagon", "circle-open",
            "square-open", "triangle-up-open", "triangle-down-open", "pentagon-open", "hexagon-open")  # fmt: skip
+FALLING = {  # measures of forgetting that are better when lower -> the axis of a drawing
+    "ASG": "ASG, distance to answers about what is not known (lower is better)",
+    "forget_knowmem_ROUGE": "knowledge of what is forgotten, ROUGE-L F1 (lower is better)",
+}
 BLUE, GREY, ORANGE = "#0b5fa5", "#6b7280", "#c2570c"
 SHOWN = {
     "forget_quality": "forget quality p",
@@ -37,6 +41,9 @@ SHOWN = {
     "forget_repetition": "repeated 4-grams",
     "forget_BLEU": "forget BLEU",
     "ASG": "ASG",
+    "forget_knowmem_ROUGE": "knowledge kept of what is forgotten",
+    "forget_verbmem_ROUGE": "verbatim memorisation",
+    "retain_knowmem_ROUGE": "knowledge of the rest",
     "neighbours_ROUGE_to_base": "neighbours, ROUGE-L to own before",
     "general_ROUGE_to_base": "everyday, ROUGE-L to own before",
 }
@@ -72,15 +79,15 @@ def medians(results: dict) -> pd.DataFrame:
 
 
 def forgetting(table: pd.DataFrame) -> str:
-    """What measures forgetting in these results: forget quality, or ASG (lower is better) without a retain model."""
-    return "forget_quality" if table["forget_quality"].notna().any() else "ASG"
+    """What measures forgetting in these results: forget quality, or one of FALLING where it can't be computed."""
+    return next((k for k in ("forget_quality", *FALLING) if table[k].notna().any()), "forget_quality")
 
 
 def pareto(table: pd.DataFrame, x="model_utility", y: str | None = None) -> list[str]:
     """Methods that no other one beats in both columns, by x."""
     y = y or forgetting(table)
     points = table.drop(index=[r for r in REFERENCES if r in table.index])[[x, y]].dropna()
-    if y == "ASG":
+    if y in FALLING:
         points[y] = -points[y]
     if points.empty:
         return []
@@ -121,10 +128,8 @@ def tradeoff(results: dict) -> go.Figure:
     margin = 0.2 * max(values.max() - values.min(), 0.05) if len(values) else 0
     if len(values):
         figure.update_xaxes(range=[values.min() - margin, values.max() + margin])  # room for the names
-    if y == "ASG":
-        figure.update_yaxes(
-            title="ASG, distance to answers about what is not known (lower is better)", autorange="reversed"
-        )
+    if y in FALLING:
+        figure.update_yaxes(title=FALLING[y], autorange="reversed")
     else:
         figure.update_yaxes(title="forget quality, p of the KS test", type="log", exponentformat="e")
     return plain_look(figure)
@@ -152,12 +157,15 @@ def commands_of(results: dict, name: str) -> list[str]:
         own = tried.setdefault(run["method"].split("/")[0], {})
         for key, value in (run["config"].get("overrides") or {}).items():
             own[key] = [*dict.fromkeys([*own.get(key, []), value])]
+        own.pop("share", None)  # tried by default
     found = []
     for values in [v for k, v in enumerate(tried.values()) if v not in list(tried.values())[:k]]:
         rounds = values.get("rounds", [])
         listed = [f"{k}={','.join(f'{x:g}' for x in v)}" for k, v in values.items() if k != "rounds"]
         seeds = sorted({str(run["seed"]) for run in runs})
-        parts = ["python -m alter_demo tofu --forget", asked["forget"], *(["--size", size] if size != "cpu" else [])]
+        muse = asked["forget"].startswith("muse-")
+        shown = [] if muse or size == "cpu" else ["--size", size]
+        parts = [f"python -m alter_demo {'muse' if muse else 'tofu'} --forget", asked["forget"], *shown]
         parts += ["--methods", *(m for m, v in tried.items() if v == values), "--seeds", *seeds]
         parts += [f"--rounds {rounds[0]}"] if rounds else []
         parts += ["--set", *listed] if listed else []
@@ -225,9 +233,29 @@ def markdown(results: dict) -> str:
         rows.append([f"**{method}**" if method in OURS else method, *cells, *spent, seeds])
     lines = pipes(["method", *(SHOWN[k] for k in columns), "seconds", "peak MB", "seeds"], rows)
     front, rivals = pareto(table), table.index.difference(list(REFERENCES))
-    name = "forget quality" if forgetting(table) == "forget_quality" else "ASG"
+    name = SHOWN[forgetting(table)].removesuffix(" p")
     verdict = f" Not dominated in (utility, {name}): {', '.join(front)}." if len(rivals) > 1 else ""
-    return f"{lines}\n\nMedians; {hardware(results)}.{verdict}"
+    grown = f"\n\n{shares_markdown(results)}" if shares(results) else ""
+    return f"{lines}\n\nMedians; {hardware(results)}.{verdict}{grown}"
+
+
+def shares(results: dict) -> list[dict]:
+    return [run for run in results["runs"] if "share" in (run["config"].get("overrides") or {})]
+
+
+def shares_markdown(results: dict) -> str:
+    """What is left of the forgotten knowledge, and what is kept of the rest, as the forget set grows (MUSE)."""
+    keys = ("forget_knowmem_ROUGE", "retain_knowmem_ROUGE")
+    whole = [r for r in results["runs"] if r["method"] not in REFERENCES and not r["config"].get("overrides")]
+    rows = [
+        {"method": r["method"], "share": (r["config"].get("overrides") or {}).get("share", 1.0),
+         **{k: r["metrics"].get(k, float("nan")) for k in keys}} for r in [*shares(results), *whole]
+    ]  # fmt: skip
+    table = pd.DataFrame(rows).groupby(["method", "share"], sort=False)[list(keys)].median().unstack()
+    sizes = sorted({r["share"] for r in rows})
+    header = ["method", *(f"{s:.0%} of the set: forgotten / rest" for s in sizes)]
+    cells = [[m, *(f"{row[keys[0], s]:.3f} / {row[keys[1], s]:.3f}" for s in sizes)] for m, row in table.iterrows()]
+    return pipes(header, cells)
 
 
 def hardware(results: dict) -> str:
@@ -277,7 +305,7 @@ def tuning_markdown(results: dict) -> str:
 
 def is_tuning(results: dict) -> bool:
     own = [r["config"].get("overrides") for r in results["runs"] if r["method"] not in REFERENCES]
-    return bool(own) and all(o and not {"rounds", "attack", "variant"} & set(o) for o in own)
+    return bool(own) and all(o and not {"rounds", "attack", "variant", "share"} & set(o) for o in own)
 
 
 def variants(results: dict) -> list[dict]:

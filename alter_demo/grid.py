@@ -92,13 +92,14 @@ def taught(config: GridConfig, made: ForgetSet, device: str, dtype: str, on_step
     return folders
 
 
-def measured(config: GridConfig, groups: dict, name: str, folder: Path, device, dtype, stage) -> evaluation.Log:
+def measured(config: GridConfig, groups: dict, name: str, folder: Path | None, how: How, which: str) -> evaluation.Log:
     """Log of the target or the retain-only model on `groups`, kept in the cache."""
-    lm = load_model(config.model, device, dtype, folder)
+    model = how.retain_model if which == "retain" and how.retain_model else config.model
+    lm = load_model(model, how.device, how.dtype, folder)
     sizes = "-".join(str(len(items)) for items in groups.values())
     file = cache_dir() / "logs" / f"{name}-{own_file(lm).stem}-{sizes}-{config.tokens}.json"  # changes with the weights
     if not file.is_file():
-        log = evaluation.evaluate(lm, lm.model, groups, config.tokens, stage)
+        log = evaluation.evaluate(lm, lm.model, groups, config.tokens, how.on_stage)
         evaluation.write_log(log, file)
     return evaluation.read_log(file)
 
@@ -115,6 +116,7 @@ class How:
     on_stage: Callable[[str, float], None] = lambda what, share: None
     should_stop: Callable[[], bool] = lambda: False
     load_in_4bit: bool = False
+    retain_model: str | None = None  # that never saw the forget set, beside a model that has learned it already
 
     @property
     def settings(self) -> list[dict]:
@@ -158,7 +160,10 @@ class Bench:
     def prepare(self) -> None:
         """Teach and measure the two reference models, or take them from the cache."""
         config, how = self.config, self.how
-        self.folders = taught(config, self.made, how.device, how.dtype, how.on_step, how.on_stage)
+        if how.retain_model:  # both have learned what they should
+            self.folders = dict.fromkeys(REFERENCES)
+        else:
+            self.folders = taught(config, self.made, how.device, how.dtype, how.on_step, how.on_stage)
         lm = self.target()
         groups = split_probe(adapt(self.made, lm))[1].limited(config.limit, config.kept).evaluation()
         groups = {name: groups[name] for name in self.names}
@@ -166,13 +171,15 @@ class Bench:
         self.ignorance = ignorance(self.made, lm) if self.made.known else None
         del lm
         self.logs = {
-            which: measured(config, groups, self.made.name, folder, how.device, how.dtype, how.on_stage)
+            which: measured(config, groups, self.made.name, folder, how, which)
             for which, folder in self.folders.items()
         }
 
     def figures(self, log: evaluation.Log) -> dict[str, float]:
         """The flat figures of a log, with BLEU and ASG where the set is known from pre-training (ALTER, Table 2)."""
         found = evaluation.summary(log, self.logs.get("retain"))
+        if self.made.name.startswith("muse-"):
+            found |= knowledge(log)
         if self.ignorance is not None:
             scores = similarity(log["forget"]["generated_text"], log["forget"]["answer"])
             found |= {"forget_BLEU": scores["bleu"], "ASG": metrics.asg(scores, self.ignorance)}
@@ -305,7 +312,7 @@ def sequential(config: GridConfig, methods: list[str], seeds: list[int], rounds:
             run = bench.unlearn(lm, now, method, seed, values, f"{name} of {rounds}, seed {seed}", experts, seen)
             if run is None:
                 return bench.results
-            bench.add(name, seed, run.metrics["after"]["summary"], overrides, run)
+            bench.add(name, seed, bench.figures(run.logs["after"]), overrides, run)
             lm, experts = next_round(run)
             del run
     return bench.results
@@ -316,6 +323,11 @@ def to_base(run) -> dict[str, float]:
     groups = run.metrics["after"]
     kept = [g for g in ("retain", "neighbours", "general") if "rouge_l_to_base" in groups.get(g, {})]
     return {f"{g}_ROUGE_to_base": groups[g]["rouge_l_to_base"] for g in kept}
+
+
+def knowledge(log: evaluation.Log) -> dict[str, float]:
+    """MUSE's knowledge memorisation: mean ROUGE-L F1 of the answers, on what was forgotten and on what stays."""
+    return {f"{g}_knowmem_ROUGE": float(log[g]["rougeL_f1"].mean()) for g in ("forget", "retain") if g in log}
 
 
 def similarity(said, right) -> dict[str, float]:

@@ -28,7 +28,7 @@ from .data import ForgetSet, Item, Sample, adapters, load_forget_set, read_set, 
 from .entropy import PUBLISHED_THRESHOLD, entropy_range, resolve_threshold
 from .errors import UserError
 from .methods import Method, get_method
-from .models import LM, RUN_NAME, check_adapter, kept_memory, load_model, need_disk, peak_mb, quiet, reset_peak
+from .models import LM, MODELS, RUN_NAME, check_adapter, kept_memory, load_model, need_disk, peak_mb, quiet, reset_peak
 from .routing import chosen, route
 from .subdomains import discover, domain_map, fit_gate, sample_features
 from .tokens import TokenRecord, token_records
@@ -222,7 +222,7 @@ def unlearn(
         stage("loading the model", 0.0)
         shipped = adapters(made.name, model) if made.learned else {}
         adapter, retain_adapter = adapter or shipped.get("target"), retain_adapter or shipped.get("retain")
-        if made.learned and adapter is None:
+        if made.learned and adapter is None and model in MODELS:  # of others, nobody knows what they have learned
             raise UserError(f"{model} has not learned {made.name}: teach it first (python -m alter_demo learn --help).")
         model = load_model(model, device, dtype, adapter, load_in_4bit)
     lm = model

@@ -109,11 +109,10 @@ def scores(lm, model, tasks: list, limit: int | None = None) -> dict[str, float]
 
 
 def fluency(log, before=None) -> dict[str, float]:
-    """Of the answers to everyday questions: repeated 4-grams, perplexity under the untouched model, and ROUGE-L to what
-    was answered before. The paper asks GPT-4o instead."""
+    """Of the answers to everyday questions: repeated 4-grams, and ROUGE-L to what was answered before. The paper asks
+    GPT-4o instead."""
     figures = group_figures("general", log["general"], before and before["general"])
-    names = {"repetition": "general_repetition", "perplexity": "general_perplexity",
-             "rouge_l_to_base": "general_ROUGE_to_base"}  # fmt: skip
+    names = {"repetition": "general_repetition", "rouge_l_to_base": "general_ROUGE_to_base"}
     return {name: figures[k] for k, name in names.items() if k in figures}
 
 
