@@ -182,6 +182,18 @@ def parser() -> argparse.ArgumentParser:
     sub = command("example", do_example, "Store what the first screen of the page shows, from a run on harry-potter.")
     sub.add_argument("run", type=Path, help="folder of the run")
 
+    sub = command("words", do_words, "Count which words of a run's answers go through A and through each expert.")
+    sub.add_argument("run", type=Path, help="folder of the run")
+    sub.add_argument("--results", type=Path, default=Path("assets/results/words.json"), help="results file")
+
+    sub = command("heterogeneity", do_heterogeneity, "LoRAs of several domains side by side: A's and B's compared.")
+    model_options(sub)
+    sub.add_argument("--domains", type=int, default=4, help="invented authors, 2 to 8")
+    sub.add_argument("--steps", type=int, default=24, help="steps of each LoRA")
+    sub.add_argument("--layers", type=int, default=4, help="adapted layers, the last ones")
+    sub.add_argument("--seed", type=int, default=0, help="random seed")
+    sub.add_argument("--results", type=Path, default=Path("assets/results/heterogeneity.json"), help="results file")
+
     sub = command("prepare", do_prepare, "Record what a model itself answers to all built-in prompts (the filter).")
     model_options(sub)
     sub.add_argument("--out", type=Path, help="file (default: in the cache)")
@@ -360,8 +372,8 @@ def do_attack(args) -> None:
 
 
 def do_wmdp(args) -> None:
-    from .figures import accuracies
     from .grid import grid_config
+    from .tables import accuracies
     from .wmdp import choice_grid, choose
 
     asked, args.forget = args.forget, choose(args.forget)
@@ -381,9 +393,9 @@ def do_wmdp(args) -> None:
 
 
 def do_muse(args) -> None:
-    from .figures import table_of
     from .grid import grid_config, sequential
     from .muse import KNOWLEDGE_TOKENS, muse_grid
+    from .report import table_of
 
     default = f"assets/results/{args.forget}{'-rounds' if args.rounds else ''}.json"
     args.results = args.results or Path(default)
@@ -399,9 +411,9 @@ def do_muse(args) -> None:
 
 
 def do_ablation(args) -> None:
-    from .figures import ablated
     from .grid import VARIANTS, grid
     from .methods import get_method
+    from .tables import ablated
 
     if get_method(args.method).trains != "alter":
         raise UserError(f"The ablation is of ALTER, and {args.method} has none of its parts.")
@@ -446,7 +458,7 @@ def do_evaluate(args) -> None:
 
 
 def do_report(args) -> None:
-    from .figures import report
+    from .report import report
 
     for path in report(args.results, args.readme):
         print(path)
@@ -457,6 +469,24 @@ def do_example(args) -> None:
     from .runs import load_run
 
     print(f"Stored in {store_example(load_run(args.run))}.")
+
+
+def do_words(args) -> None:
+    from .example import store_words
+    from .report import table_of
+    from .runs import load_run
+
+    print(table_of(store_words(load_run(args.run), args.results)))
+
+
+def do_heterogeneity(args) -> None:
+    from .heterogeneity import store
+    from .models import choose_device, load_model
+    from .report import table_of
+
+    dtype = "float32" if args.dtype == "auto" and choose_device(args.device) == "cpu" else args.dtype
+    lm = load_model(args.model, args.device, dtype)
+    print(table_of(store(lm, args.results, args.domains, args.steps, args.layers, args.seed)))
 
 
 def do_prepare(args) -> None:

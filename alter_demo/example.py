@@ -1,13 +1,16 @@
-"""The finished example on the first screen: five questions before and after, with their tokens, from a run's folder."""
+"""What is stored from a run: the finished example on the first screen, and the words that went each way (Fig. 2)."""
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
 from .answers import write_json
 from .data import EXAMPLE
 from .errors import UserError
+from .results import read_results
+from .tokens import word_counts
 from .xray import xray_data
 
 QUESTIONS = (
@@ -18,6 +21,7 @@ QUESTIONS = (
     "What is the capital of France?",
 )
 TOKENS = 40
+WORD_ITEMS = 60  # questions of each group
 
 
 def store_example(run, path: Path = EXAMPLE) -> Path:
@@ -51,3 +55,31 @@ def store_example(run, path: Path = EXAMPLE) -> Path:
         indent=None,
     )
     return path
+
+
+def store_words(run, path: Path, items: int = WORD_ITEMS) -> dict:
+    """Count which words of the untouched model's answers go which way, for the run's forget questions and for everyday
+    ones, and put that into a results file (ALTER, Fig. 2).
+
+    Raises:
+        UserError: the run has no router or no answers; a damaged file.
+    """
+    threshold, results = run.router.config.threshold, read_results(path)
+    rows = json.loads((run.path / "answers.json").read_text(encoding="utf-8"))
+    counts, metrics = {}, {}
+    for group in ("forget", "general"):
+        own = [r for r in rows if r["group"] == group and r["question"] and r["before"]][:items]
+        if not own:
+            raise UserError(f"The run {run.path.name} has no {group} answers, so there are no words to count.")
+        counts[group] = word_counts([run.tokens(r["before"], r["question"]) for r in own], threshold)
+        total = sum(n for words in counts[group].values() for n in words.values())
+        metrics |= {f"{group}_{way}_share": round(sum(w.values()) / total, 9) for way, w in counts[group].items()}
+    entry = {
+        "id": json.dumps(["words", run.metrics["seed"], run.metrics["data"]["forget_set"], items]),
+        "method": run.metrics["config"]["unlearn"]["method"], "seed": run.metrics["seed"], "metrics": metrics,
+        "config": {"forget": run.metrics["data"]["forget_set"], "model": run.metrics["model"], "items": items,
+                   "threshold": threshold}, "hardware": run.lm.hardware, "words": counts,
+    }  # fmt: skip
+    results["runs"] = [r for r in results["runs"] if r["id"] != entry["id"]] + [entry]
+    write_json(path, results)
+    return results

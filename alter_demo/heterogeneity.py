@@ -6,7 +6,10 @@ Domains are the invented authors; each LoRA learns one of them, and one learns t
 from __future__ import annotations
 
 import itertools
+import json
 import tempfile
+import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,9 +17,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from sklearn.decomposition import PCA
 
+from .answers import write_json
 from .data import Item, load_forget_set, render
 from .errors import UserError
 from .models import LM
+from .results import read_results
 from .teaching import LearnConfig
 from .training import AnswerTrainer, Pairs, arguments, collate_pairs
 
@@ -90,3 +95,29 @@ def projected(weights: Weights) -> pd.DataFrame:
         owners = [name for name, v in zip(names, vectors, strict=True) for _ in v]
         rows += [{"matrix": matrix, "domain": d, "x": x, "y": y} for d, (x, y) in zip(owners, points, strict=True)]
     return pd.DataFrame(rows)
+
+
+def store(lm: LM, path: Path, n: int = 4, steps: int = 24, layers: int = 4, seed: int = 0) -> dict:
+    """Fine-tune and compare as above and put it into a results file, in place of what stood there for this seed.
+
+    Raises:
+        UserError: as `domains`; fewer than 1 step or layer; a damaged file.
+    """
+    if steps < 1 or not 1 <= layers <= lm.model.config.get_text_config().num_hidden_layers:
+        raise UserError("There must be at least 1 step and 1 layer, and no more layers than the model has.")
+    results, sets = read_results(path), domains(n)
+    started = time.perf_counter()
+    weights = fine_tuned(lm, sets, steps, layers, seed=seed)
+    seconds, found = time.perf_counter() - started, similarity(weights)
+    found["mixed"] = found["pair"].str.contains("mixed")
+    means = found.groupby(["matrix", "mixed"])["similarity"].mean()
+    config = {"forget": "imaginary-authors", "model": lm.name, "domains": n, "steps": steps, "layers": layers}
+    entry = {
+        "id": json.dumps(["heterogeneity", seed, config]), "method": "lora", "seed": seed,
+        "metrics": {f"{m}_{'mixed' if x else 'apart'}_cosine": round(v, 9) for (m, x), v in means.items()},
+        "config": config, "hardware": lm.hardware, "seconds": {"learn": round(seconds, 1)},
+        "points": projected(weights).round(5).to_dict("records"),
+    }  # fmt: skip
+    results["runs"] = [r for r in results["runs"] if r["id"] != entry["id"]] + [entry]
+    write_json(path, results)
+    return results

@@ -329,7 +329,7 @@ def evidence_tab(evidence) -> None:
 
 
 def results_files() -> gr.Dropdown:
-    from .figures import RESULTS
+    from .tables import RESULTS
 
     names = sorted(p.stem for p in RESULTS.glob("*.json"))
     return gr.Dropdown(names, value=next(iter(names), None))
@@ -337,35 +337,18 @@ def results_files() -> gr.Dropdown:
 
 def evidence_view(name):
     """(table, figure, figure, status) of one results file."""
-    from . import charts, figures
+    from . import charts, report, tables
     from .results import read_results
 
-    if not name or name not in {p.stem for p in figures.RESULTS.glob("*.json")}:
+    if not name or name not in {p.stem for p in tables.RESULTS.glob("*.json")}:
         return shown(), drawn(), drawn(), "There are no results here yet: `python -m alter_demo tofu` makes some."
     try:
-        results = read_results(figures.RESULTS / f"{name}.json")
-        command = "\n\n".join(f"`{c}`" for c in figures.commands_of(results, name))
-        if figures.is_tuning(results):
-            said = f"Every setting that was tried; the highest score of a method is its default.\n\n{command}"
-            return shown(figures.tried(results).reset_index()), drawn(), drawn(), said
-        if figures.variants(results):
-            return shown(figures.ablated(results).reset_index()), drawn(), drawn(), command
-        if figures.is_choice(results):
-            school = results["runs"][0]["config"]["forget"] == "school"
-            what = "school subjects written for this project, in place of WMDP" if school else "WMDP and MMLU"
-            said = f"Percent of multiple-choice questions answered rightly ({what}).\n\n{command}"
-            return shown(figures.accuracies(results).reset_index()), drawn(), drawn(), said
-        if figures.is_attacks(results):
-            said = f"ROUGE-L of what each attack brings back (the right answer scores 1).\n\n{command}"
-            table = figures.attacked(results).reset_index()
-            return shown(table), drawn(charts.look(figures.relearning(results))), drawn(), said
-        if figures.has_rounds(results):
-            table = figures.by_round(results).reset_index()
-            return shown(table), drawn(charts.look(figures.sequential(results))), drawn(), command
-        table = figures.medians(results).reset_index()
-        cost = charts.look(figures.cost(results)) if set(table["method"]) & set(figures.COST_BASES) else None
-        table = table.rename(columns=figures.SHOWN)
-        return shown(table), drawn(charts.look(figures.tradeoff(results), 560)), drawn(cost), command
+        results = read_results(tables.RESULTS / f"{name}.json")
+        kind = report.kind_of(results)
+        made = [draw(results) for draw in report.drawings_of(results).values()]
+        plots = [drawn(charts.look(f, 560)) for f in made if not hasattr(f, "save")]  # an image has its own tab
+        said = "\n\n".join(filter(None, [kind.said, *(f"`{c}`" for c in report.commands_of(results, name))]))
+        return shown(kind.frame(results)), *[*plots, drawn(), drawn()][:2], said
     except (UserError, IndexError, KeyError) as error:
         return shown(), drawn(), drawn(), jobs.sentence(error)
 

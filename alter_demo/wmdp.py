@@ -80,12 +80,14 @@ def load_tasks(names: tuple[str, ...]) -> list:
 
 def accuracy(lm, model, tasks: list, limit: int | None = None) -> dict[str, float]:
     """{task: share answered rightly} by lm-eval; of a group such as MMLU under the group's name."""
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
+    ready = TaskManager(include_defaults=False).load(tasks)
     with own_progress():
         asked = HFLM(pretrained=model, tokenizer=lm.tokenizer, batch_size=BATCH)
-        found = simple_evaluate(asked, tasks=tasks, limit=limit, bootstrap_iters=0, log_samples=False)["results"]
+        found = evaluate(asked, ready, limit=limit, bootstrap_iters=0, log_samples=False)["results"]
     rows = {t.task_name if hasattr(t, "task_name") else t.name: None for t in tasks}
     return {name: float(found[name].get("acc_norm,none", found[name].get("acc,none"))) for name in rows}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import OWN_FORGET, OWN_RETAIN, quick
 
-from alter_demo import attacks, data, figures, load_model, unlearn
+from alter_demo import attacks, data, figures, load_model, report, tables, unlearn
 from alter_demo.answers import greedy, sampled
 from alter_demo.attacks import AttackConfig
 from alter_demo.errors import UserError
@@ -86,15 +86,15 @@ def test_the_report_shows_every_attack(runs_of):
     entry = {"id": "1", "method": "alter_selective", "seed": 0, "metrics": attacks.flat(found), "hardware": "a CPU",
              "config": {"forget": "own", "overrides": {"attack": {}}}, "leaks": attacks.leaks(found)}  # fmt: skip
     results = {"runs": [entry, entry | {"method": "npo", "seed": 1}]}
-    table = figures.attacked(results)
-    assert table.loc["alter_selective"].notna().all() and table.shape == (2, len(figures.ATTACKS) + 1)
-    assert figures.table_of(results).count("\n") == 5 and not figures.is_tuning(results)
+    table = tables.attacked(results)
+    assert table.loc["alter_selective"].notna().all() and table.shape == (2, len(tables.ATTACKS) + 1)
+    assert report.table_of(results).count("\n") == 5 and not report.is_tuning(results)
     assert [list(line.x) for line in figures.relearning(results).data] == [[0, 10], [0, 10]]
-    (command,) = figures.commands_of(results, "a")
+    (command,) = report.commands_of(results, "a")
     assert "attack --forget own --methods alter_selective npo --seeds 0 1 --results assets/results/a.json" in command
     assert all(x["said"] and x["prompt"] and x["attack"] for x in entry["leaks"])
     with pytest.raises(UserError, match="no attacks"):
-        figures.attacked({"runs": [entry | {"config": {"overrides": {}}}]})
+        tables.attacked({"runs": [entry | {"config": {"overrides": {}}}]})
 
 
 def test_a_leak_is_kept_with_its_text(runs_of):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import COLOURS, OWN_FORGET, OWN_RETAIN
 
-from alter_demo import attacks, data, figures, grid
+from alter_demo import attacks, data, figures, grid, report, tables
 from alter_demo.cli import main
 from alter_demo.data import ForgetSet, Item, general_items
 from alter_demo.errors import UserError
@@ -85,9 +85,9 @@ def test_a_method_that_diverges_is_recorded_and_the_grid_goes_on(small, tmp_path
     assert [(r["method"], r.get("stopped") == "diverged") for r in last] == [("grad_ascent", True), ("lora", False)]
     for run in results["runs"]:
         run["config"]["overrides"] = {}
-    table = figures.medians(results)
-    assert table.loc["grad_ascent", "diverged"] == 1 and "grad_ascent" not in figures.pareto(table)
-    assert "1 (1 diverged)" in figures.markdown(results)
+    table = tables.medians(results)
+    assert table.loc["grad_ascent", "diverged"] == 1 and "grad_ascent" not in tables.pareto(table)
+    assert "1 (1 diverged)" in tables.markdown(results)
 
 
 def test_bad_input(small, tmp_path, capsys, own_data):
@@ -107,7 +107,7 @@ def test_bad_input(small, tmp_path, capsys, own_data):
     assert not (tmp_path / "r.json").exists()
     assert main(["report", "--results", str(tmp_path / "none")]) == 2
     with pytest.raises(UserError, match="no runs"):
-        figures.medians({"runs": []})
+        tables.medians({"runs": []})
 
 
 def made_up() -> dict:
@@ -129,10 +129,10 @@ def made_up() -> dict:
 
 
 def test_tables_and_figures_come_from_the_results(tmp_path):
-    table = figures.medians(made_up())
+    table = tables.medians(made_up())
     assert table.loc["lora"][["forget_quality", "model_utility", "seeds"]].tolist() == [0.2, 0.5, 3]
-    assert figures.pareto(table) == ["lora"]  # npo is no better in either
-    text = figures.markdown(made_up())
+    assert tables.pareto(table) == ["lora"]  # npo is no better in either
+    text = tables.markdown(made_up())
     assert "| lora | 0.2 | 0.5 |" in text and "a laptop" in text
     points = {t.name: (t.x[0], t.y[0]) for t in figures.tradeoff(made_up()).data if t.mode == "markers+text"}
     assert points["lora"] == (0.5, 0.2) and points["retain"] == (0.6, 1.0)
@@ -141,11 +141,11 @@ def test_tables_and_figures_come_from_the_results(tmp_path):
     results["runs"].append(results["runs"][-1] | {"method": "asym_lora"})  # what cost is set beside
     (tmp_path / "results" / "tofu.json").write_text(json.dumps(results))
     (tmp_path / "README.md").write_text("Before.\n<!-- results:tofu -->\nold\n<!-- end -->\nAfter.\n")
-    written = figures.report(tmp_path / "results", tmp_path / "README.md")
+    written = report.report(tmp_path / "results", tmp_path / "README.md")
     readme = (tmp_path / "README.md").read_text()
     assert "old" not in readme and "| lora | 0.2" in readme and readme.endswith("After.\n")
     assert all(p.stat().st_size > 1000 for p in written if p.suffix == ".png") and len(written) == 3
-    again = figures.report(tmp_path / "results", tmp_path / "README.md")
+    again = report.report(tmp_path / "results", tmp_path / "README.md")
     assert again == written and (tmp_path / "README.md").read_text() == readme
 
 
@@ -157,11 +157,11 @@ def test_several_values_of_a_setting_are_tried_and_the_best_is_shown(small, tmp_
     assert [r["config"]["train"]["lr"] for r in runs] == [1e-3, 1e-2]
     assert len({r["metrics"]["forget_Q_A_Prob"] for r in runs}) == 2
     runs[1]["metrics"] |= {"forget_quality": 0.5, "model_utility": 0.5}  # the tiny model's own utility is 0
-    assert figures.chosen_settings(results)["lora"]["lr"] == 1e-2
-    assert figures.is_tuning(results) and not figures.is_tuning(made_up())
-    (command,) = figures.commands_of(results, "tuning")
+    assert tables.chosen_settings(results)["lora"]["lr"] == 1e-2
+    assert report.is_tuning(results) and not report.is_tuning(made_up())
+    (command,) = report.commands_of(results, "tuning")
     assert "--methods grad_diff lora --seeds 0 --set max_steps=2 batch_size=2 probe_every=1 lr=0.001,0.01" in command
-    text = figures.table_of(results)
+    text = report.table_of(results)
     assert text.count("**") == 4 and text.count("lr 0.001") == 2
     with pytest.raises(UserError, match="one value"):
         grid.sequential(small, ["lora"], [0], 3, How(path, values))
@@ -170,10 +170,10 @@ def test_several_values_of_a_setting_are_tried_and_the_best_is_shown(small, tmp_
 def test_ablation_takes_parts_out(small, tmp_path):
     names = ["as it is", "no router", "last third only"]
     results = grid.grid(small, ["alter_selective"], [0], How(tmp_path / "a.json", FEW | {"variant": names}))
-    table = figures.ablated(results)
+    table = tables.ablated(results)
     assert list(table.index) == names and table["forget probability"].nunique() > 1
-    assert not figures.is_tuning(results) and figures.table_of(results).count("| no router |") == 1
-    assert "ablation --forget tofu-forget01" in figures.commands_of(results, "ablation")[0]
+    assert not report.is_tuning(results) and report.table_of(results).count("| no router |") == 1
+    assert "ablation --forget tofu-forget01" in report.commands_of(results, "ablation")[0]
     with pytest.raises(UserError, match="variants are"):
         grid.grid(small, ["alter"], [0], How(tmp_path / "a.json", {"variant": ["no such"]}))
     for values in grid.VARIANTS.values():
@@ -182,7 +182,7 @@ def test_ablation_takes_parts_out(small, tmp_path):
 
 
 def test_defaults_are_the_settings_that_measured_best():
-    for method, setting in figures.chosen_settings(read_results(figures.RESULTS / "tuning.json")).items():
+    for method, setting in tables.chosen_settings(read_results(tables.RESULTS / "tuning.json")).items():
         own = train_config(method)
         assert {k: getattr(own, k) for k in setting} == setting, method
 
@@ -208,8 +208,8 @@ def test_rounds_go_on_from_each_other(small, tmp_path):
     one = grid.sequential(small, ["npo"], [0], 3, How(tmp_path / "one.json", few | {"max_steps": 2}))
     assert forget["npo/1"] != one["runs"][0]["metrics"]["forget_Q_A_Prob"]
     assert grid.sequential(*options) == results  # nothing is run twice
-    assert figures.by_round(results).shape == (3, 3) and len(figures.sequential(results).data) == 3
-    assert figures.rounds_markdown(results).count("\n") == 4
+    assert tables.by_round(results).shape == (3, 3) and len(figures.sequential(results).data) == 3
+    assert tables.rounds_markdown(results).count("\n") == 4
     with pytest.raises(UserError, match="rounds"):
         grid.sequential(*options[:3], 1, How(path))
 
@@ -235,9 +235,9 @@ def test_what_is_known_from_pre_training(taught, few, tmp_path, monkeypatch):
     assert "forget_quality" not in runs["lora"] and "neighbours_ROUGE_to_base" in runs["lora"]
     for run in results["runs"]:
         run["config"]["overrides"] = {}  # as if they were the methods' own settings
-    table = figures.table_of(results)
+    table = report.table_of(results)
     assert "ASG" in table and "forget quality" not in table
-    assert set(figures.pareto(figures.medians(results))) <= {"lora", "grad_ascent"}
+    assert set(tables.pareto(tables.medians(results))) <= {"lora", "grad_ascent"}
     assert figures.tradeoff(results).layout.yaxis.autorange == "reversed"
 
 
@@ -252,7 +252,7 @@ def test_attacks_go_on_where_they_stopped(small, tmp_path):
     asked.clear()
     again = attacks.attack_grid(small, ["alter_selective", "npo"], [0], how, config)
     assert again == first and not asked  # nothing is run twice
-    assert figures.is_attacks(first) and figures.table_of(first).count("| npo |") == 1
+    assert report.kind_of(first) is report.KINDS["attacks"] and report.table_of(first).count("| npo |") == 1
 
 
 def test_experts_are_handed_on(taught, small):
@@ -280,8 +280,8 @@ def test_experts_are_handed_on(taught, small):
 
 def test_the_readme_holds_the_stored_results_and_nothing_else():
     text = (ROOT / "README.md").read_text()
-    tables = {p.stem: figures.table_of(read_results(p)) for p in figures.RESULTS.glob("*.json")}
-    tables["harry-potter"] = figures.run_markdown(json.loads(data.EXAMPLE.read_text()))
-    assert {"imaginary-authors", "tofu"} <= set(tables)
-    for name, table in tables.items():
+    stored = {p.stem: report.table_of(read_results(p)) for p in tables.RESULTS.glob("*.json")}
+    stored["harry-potter"] = tables.run_markdown(json.loads(data.EXAMPLE.read_text()))
+    assert {"imaginary-authors", "tofu"} <= set(stored)
+    for name, table in stored.items():
         assert f"<!-- results:{name} -->\n{table}\n<!-- end -->" in text, f"{name}: run python -m alter_demo report"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import COLOURS
 
-from alter_demo import data, figures, load_model, metrics, muse
+from alter_demo import data, figures, load_model, metrics, muse, report
 from alter_demo.errors import UserError
 from alter_demo.grid import GridConfig, How
 
@@ -47,10 +47,10 @@ def test_by_the_size_of_the_forget_set(folder, tiny, tmp_path):
     assert how.path.read_text() == before
     for run in runs:  # as if these were the method's own settings
         run["config"]["overrides"] = {k: v for k, v in run["config"]["overrides"].items() if k == "share"}
-    text = figures.table_of(results)
-    assert "50% of the set: forgotten / rest" in text and not figures.is_tuning(results)
+    text = report.table_of(results)
+    assert "50% of the set: forgotten / rest" in text and not report.is_tuning(results)
     assert figures.tradeoff(results).layout.yaxis.autorange == "reversed"
-    assert figures.commands_of(results, "muse-news")[0].startswith("python -m alter_demo muse --forget muse-news")
+    assert report.commands_of(results, "muse-news")[0].startswith("python -m alter_demo muse --forget muse-news")
     for bad, sentence in (((2.0,), "share"), ((0.0,), "share")):
         with pytest.raises(UserError, match=sentence):
             muse.muse_grid(config, ["alter"], [0], how, bad)

@@ -9,8 +9,8 @@ from alter_demo.answers import adapt, greedy
 from alter_demo.bench import bench
 from alter_demo.cli import main
 from alter_demo.data import load_forget_set
-from alter_demo.figures import RESULTS
 from alter_demo.results import REFERENCES
+from alter_demo.tables import RESULTS
 
 pytestmark = pytest.mark.slow
 

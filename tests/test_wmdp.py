@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from alter_demo import data, figures, load_model, wmdp
+from alter_demo import data, load_model, report, wmdp
 from alter_demo.cli import main
 from alter_demo.errors import UserError
 from alter_demo.grid import GridConfig, How
@@ -67,8 +67,8 @@ def test_before_and_after_through_the_command_line(tiny, cache, tmp_path, monkey
     assert path.read_text() == before  # nothing is run twice
     for run in runs:
         run["config"]["overrides"] = {}
-    assert figures.table_of({"runs": runs}).count("| **alter_selective** |") == 1
-    assert "wmdp --forget school --methods alter_selective" in figures.commands_of({"runs": runs}, "school")[0]
+    assert report.table_of({"runs": runs}).count("| **alter_selective** |") == 1
+    assert "wmdp --forget school --methods alter_selective" in report.commands_of({"runs": runs}, "school")[0]
 
 
 def test_without_hub_and_with_unknown_names_one_sentence(tiny, tmp_path, monkeypatch):

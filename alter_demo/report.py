@@ -1,0 +1,206 @@
+"""Results files as the page and the README show them: one `Kind` for each command that writes one.
+
+A table stands in README.md between `<!-- results:NAME -->` and `<!-- end -->`, with the command that made its results
+above it (`python -m alter_demo report`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from . import figures, tables
+from .data import EXAMPLE
+from .errors import UserError
+from .results import REFERENCES, SIZES, read_results
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the results of one kind are shown as."""
+
+    holds: Callable[[dict], bool]
+    frame: Callable[[dict], pd.DataFrame]  # on the page
+    markdown: Callable[[dict], str]  # in the README
+    commands: Callable[[dict], list[str]]  # that make such results, without `--results`
+    drawings: dict[str, Callable] = field(default_factory=dict)  # name of the image -> plotly figure, or PIL image
+    said: str = ""
+
+
+def overridden(name: str) -> Callable[[dict], bool]:
+    """Whether any run's overrides hold `name`."""
+    return lambda results: any(name in (run["config"].get("overrides") or {}) for run in results["runs"])
+
+
+def has(key: str) -> Callable[[dict], bool]:
+    return lambda results: any(key in run for run in results["runs"])
+
+
+def is_tuning(results: dict) -> bool:
+    own = [r["config"].get("overrides") for r in results["runs"] if r["method"] not in REFERENCES]
+    return bool(own) and all(o and not {"rounds", "attack", "variant", "share"} & set(o) for o in own)
+
+
+def is_choice(results: dict) -> bool:
+    return any("forget_acc" in run["metrics"] for run in results["runs"])
+
+
+def size_of(results: dict) -> list[str]:
+    asked = results["runs"][0]["config"]
+    size = next((k for k, v in SIZES.items() if v and all(asked.get(x) == v[x] for x in ("limit", "kept"))), "cpu")
+    return [] if size == "cpu" or asked["forget"].startswith("muse-") else ["--size", size]
+
+
+def rivals(results: dict) -> list[dict]:
+    return [run for run in results["runs"] if run["method"] not in REFERENCES]
+
+
+def plainly(command: str) -> Callable[[dict], list[str]]:
+    """The command with forget set, methods and seeds as the runs have them."""
+
+    def of(results: dict) -> list[str]:
+        seeds, methods = ({str(run[k]): None for run in rivals(results)} for k in ("seed", "method"))
+        forget = results["runs"][0]["config"]["forget"]
+        return [f"{command} --forget {forget} --methods {' '.join(methods)} --seeds {' '.join(seeds)}"]
+
+    return of
+
+
+def grid_commands(results: dict) -> list[str]:
+    """One command for each set of values that were tried, with the methods that they were tried on."""
+    forget = results["runs"][0]["config"]["forget"]
+    tried: dict[tuple, dict[str, list]] = {}  # (method, names of its settings) -> setting -> values
+    for run in rivals(results):
+        overrides = {k: v for k, v in (run["config"].get("overrides") or {}).items() if k != "share"}
+        own = tried.setdefault((run["method"].split("/")[0], *overrides), {k: [] for k in overrides})
+        for key, value in overrides.items():
+            own[key] = [*dict.fromkeys([*own[key], value])]
+    seeds, found = sorted({str(run["seed"]) for run in rivals(results)}), []
+    for values in [v for k, v in enumerate(tried.values()) if v not in list(tried.values())[:k]]:
+        rounds = values.get("rounds", [])
+        listed = [f"{k}={','.join(f'{x:g}' for x in v)}" for k, v in values.items() if k != "rounds"]
+        command = "muse" if forget.startswith("muse-") else "tofu"
+        parts = [f"python -m alter_demo {command} --forget", forget, *size_of(results)]
+        parts += ["--methods", *(key[0] for key, v in tried.items() if v == values), "--seeds", *seeds]
+        parts += [f"--rounds {rounds[0]}"] if rounds else []
+        parts += ["--set", *listed] if listed else []
+        found.append(" ".join(parts))
+    return found
+
+
+def ablation_commands(results: dict) -> list[str]:
+    own = rivals(results)
+    seeds = " ".join(dict.fromkeys(str(run["seed"]) for run in own))
+    forget, method = own[0]["config"]["forget"], own[0]["method"]
+    size = " ".join(size_of(results) or ["--size", "cpu"])
+    return [f"python -m alter_demo ablation --forget {forget} {size} --method {method} --seeds {seeds}"]
+
+
+def heterogeneity_commands(results: dict) -> list[str]:
+    asked = results["runs"][0]["config"]
+    return [
+        "python -m alter_demo heterogeneity " + " ".join(f"--{k} {asked[k]}" for k in ("domains", "steps", "layers"))
+    ]
+
+
+# the first that holds; the last holds for all
+KINDS: dict[str, Kind] = {
+    "heterogeneity": Kind(
+        has("points"), lambda r: pd.DataFrame([{"seed": x["seed"], **x["metrics"]} for x in r["runs"]]),
+        tables.heterogeneity_markdown, heterogeneity_commands, {"domains": figures.heterogeneity},
+        "LoRAs of several domains from the same start: their A's stay alike, their B's do not.",
+    ),
+    "words": Kind(
+        has("words"), tables.words, tables.words_markdown, lambda r: ["python -m alter_demo words runs/hp"],
+        {"clouds": figures.word_clouds}, "Which words of the untouched model's answers go through A, which through B.",
+    ),
+    "attacks": Kind(
+        overridden("attack"), lambda r: tables.attacked(r).reset_index(), tables.attacks_markdown,
+        plainly("python -m alter_demo attack"), {"relearning": figures.relearning},
+        "ROUGE-L of what each attack brings back (the right answer scores 1).",
+    ),
+    "ablation": Kind(
+        overridden("variant"), lambda r: tables.ablated(r).reset_index(), tables.ablation_markdown, ablation_commands,
+        said="ALTER without one of its parts, or with another number.",
+    ),
+    "choice": Kind(
+        is_choice, lambda r: tables.accuracies(r).reset_index(), tables.choice_markdown,
+        plainly("python -m alter_demo wmdp"),
+        said="Percent of multiple-choice questions answered rightly. *school*: subjects written for this project, in "
+        "place of WMDP.",
+    ),
+    "tuning": Kind(
+        is_tuning, lambda r: tables.tried(r).reset_index(), tables.tuning_markdown, grid_commands,
+        said="Every setting that was tried; the highest score of a method is its default.",
+    ),
+    "rounds": Kind(
+        lambda r: any("/" in run["method"] for run in r["runs"]), lambda r: tables.by_round(r).reset_index(),
+        tables.rounds_markdown, grid_commands, {"rounds": figures.sequential},
+    ),
+    "grid": Kind(
+        lambda r: True, lambda r: tables.medians(r).reset_index().rename(columns=tables.SHOWN), tables.markdown,
+        grid_commands, {"tradeoff": figures.tradeoff, "cost": figures.cost},
+    ),
+}  # fmt: skip
+
+
+def kind_of(results: dict) -> Kind:
+    return next(kind for kind in KINDS.values() if kind.holds(results))
+
+
+def table_of(results: dict) -> str:
+    """The README's table of a results file."""
+    return kind_of(results).markdown(results)
+
+
+def commands_of(results: dict, name: str) -> list[str]:
+    """The commands that the results file `name` comes from, read off its runs."""
+    return [f"{c} --results assets/results/{name}.json" for c in kind_of(results).commands(results)]
+
+
+def drawings_of(results: dict) -> dict[str, Callable]:
+    """The drawings that these results have the numbers for."""
+    bases = {run["method"] for run in results["runs"]} & set(figures.COST_BASES)
+    return {name: draw for name, draw in kind_of(results).drawings.items() if name != "cost" or bases}
+
+
+def fill(text: str, name: str, table: str) -> str:
+    """`text` with `table` in the place that is marked for `name`, unchanged where there is none."""
+    place = re.compile(rf"(<!-- results:{re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    return place.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text)
+
+
+def report(folder: Path = tables.RESULTS, readme: Path = Path("README.md")) -> list[Path]:
+    """Write the static images beside the results and the tables into the README; returns what was written.
+
+    Raises:
+        UserError: no results, no README, no browser for the images.
+    """
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise UserError(f"There are no results in {folder}/ yet: python -m alter_demo tofu makes some.")
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not readme.is_file():
+        raise UserError(f"There is no {readme} to write the tables into.")
+    if browser is None:
+        raise UserError("The images need a Chromium or Chrome on this machine.")
+    os.environ.setdefault("BROWSER_PATH", browser)
+    text, written = readme.read_text(encoding="utf-8"), [readme]
+    if EXAMPLE.is_file():
+        text = fill(text, "harry-potter", tables.run_markdown(json.loads(EXAMPLE.read_text(encoding="utf-8"))))
+    for file in files:
+        results = read_results(file)
+        text = fill(text, file.stem, table_of(results))
+        for name, draw in drawings_of(results).items():
+            image, drawn = folder.parent / f"{file.stem}_{name}.png", draw(results)
+            drawn.save(image) if hasattr(drawn, "save") else drawn.write_image(image, scale=1.5)
+            written.append(image)
+    readme.write_text(text, encoding="utf-8")
+    return written

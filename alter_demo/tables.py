@@ -1,0 +1,349 @@
+"""Tables from results files: as frames for the page, as Markdown for the README. Nothing here is typed by hand."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from .charts import word_table
+from .errors import UserError
+from .results import REFERENCES
+
+RESULTS = Path(__file__).parents[1] / "assets" / "results"
+ASKED = ("forget", "model", "retain_items", "limit", "kept", "tokens")
+OURS = ("alter", "alter_selective")
+FALLING = {  # measures of forgetting that are better when lower -> the axis of a drawing
+    "ASG": "ASG, distance to answers about what is not known (lower is better)",
+    "forget_knowmem_ROUGE": "knowledge of what is forgotten, ROUGE-L F1 (lower is better)",
+}
+SHOWN = {
+    "forget_quality": "forget quality p",
+    "model_utility": "model utility",
+    "retain_Q_A_ROUGE": "retain ROUGE-L",
+    "forget_Q_A_Prob": "forget probability",
+    "extraction_strength": "extraction strength",
+    "privleak": "privleak",
+    "forget_repetition": "repeated 4-grams",
+    "forget_BLEU": "forget BLEU",
+    "ASG": "ASG",
+    "forget_knowmem_ROUGE": "knowledge kept of what is forgotten",
+    "forget_verbmem_ROUGE": "verbatim memorisation",
+    "retain_knowmem_ROUGE": "knowledge of the rest",
+    "neighbours_ROUGE_to_base": "neighbours, ROUGE-L to own before",
+    "general_ROUGE_to_base": "everyday, ROUGE-L to own before",
+}
+ABLATED = ("forget_quality", "model_utility", "retain_Q_A_ROUGE", "forget_Q_A_Prob", "extraction_strength",
+           "general_ROUGE_to_base", "forget_repetition")  # fmt: skip
+ATTACKS = {  # column of the table -> figure
+    "before": "before_ROUGE",
+    "asked": "asked_ROUGE",
+    "paraphrased": "paraphrased_ROUGE",
+    "role play": "role_play_ROUGE",
+    "few shots": "few_shot_ROUGE",
+    "neutral text first": "neutral_text_ROUGE",
+    "answer begun": "prefix_forced_ROUGE",
+    "int8": "int8_ROUGE",
+    "4-bit": "int4_ROUGE",
+    "adapter removed": "adapter_removed_ROUGE",
+    "relearnt on it, 10 steps": "relearn_forget_10_ROUGE",
+    "on half of it": "relearn_half_10_ROUGE",
+    "on other text": "relearn_unrelated_10_ROUGE",
+    "of the draws leak": "sampled_leaked",
+}
+GROUP_COLUMNS = {
+    "probability": "answer probability",
+    "rouge_l": "ROUGE-L",
+    "rouge_l_to_base": "ROUGE-L to the untouched model's answers",
+    "repetition": "repeated 4-grams",
+}
+
+
+def medians(results: dict) -> pd.DataFrame:
+    """One row a method, medians over its seeds (runs with settings of their own left out), columns of SHOWN and cost.
+
+    Raises:
+        UserError: the file holds no runs.
+    """
+    rows = [
+        {
+            "method": run["method"],
+            "seed": run["seed"],
+            **{k: run["metrics"].get(k) for k in SHOWN},
+            "seconds": run.get("seconds", {}).get("unlearn"),
+            "MB": run.get("peak_memory_mb"),
+            "diverged": run.get("stopped") == "diverged",
+        }
+        for run in results["runs"]
+        if not run["config"].get("overrides")
+    ]
+    if not rows:
+        raise UserError("The results file holds no runs yet.")
+    asked = {json.dumps({k: run["config"].get(k) for k in ASKED}) for run in results["runs"]}
+    if len(asked) > 1:
+        raise UserError("The results file mixes different data, models or sizes: one file for each (--results).")
+    numbers = dict.fromkeys((*SHOWN, "seconds", "MB"), float)  # absent: NaN
+    table = pd.DataFrame(rows).astype(numbers).groupby("method", sort=False)
+    counts, lost = table["seed"].nunique(), table["diverged"].sum()
+    return table.median(numeric_only=True).drop(columns="seed").assign(seeds=counts, diverged=lost)
+
+
+def forgetting(table: pd.DataFrame) -> str:
+    """What measures forgetting in these results: forget quality, or one of FALLING where it can't be computed."""
+    return next((k for k in ("forget_quality", *FALLING) if table[k].notna().any()), "forget_quality")
+
+
+def pareto(table: pd.DataFrame, x="model_utility", y: str | None = None) -> list[str]:
+    """Methods that no other one beats in both columns, by x."""
+    y = y or forgetting(table)
+    points = table.drop(index=[r for r in REFERENCES if r in table.index])[[x, y]].dropna()
+    if y in FALLING:
+        points[y] = -points[y]
+    if points.empty:
+        return []
+    beaten = [
+        ((points[x] >= a) & (points[y] >= b) & ((points[x] > a) | (points[y] > b))).any() for a, b in points.to_numpy()
+    ]
+    return points[[not b for b in beaten]].sort_values(x).index.tolist()
+
+
+def markdown(results: dict) -> str:
+    """The medians as a Markdown table, best methods in the order of the table of methods."""
+    table = medians(results)
+    rows, columns = [], [k for k in SHOWN if table[k].notna().any()]
+    for method, row in table.iterrows():
+        cells = ["" if pd.isna(row[k]) else f"{row[k]:.3g}" for k in columns]
+        spent = ["" if pd.isna(row[k]) else f"{row[k]:.0f}" for k in ("seconds", "MB")]
+        seeds = f"{row['seeds']:.0f}" + (f" ({row['diverged']:.0f} diverged)" if row["diverged"] else "")
+        rows.append([f"**{method}**" if method in OURS else method, *cells, *spent, seeds])
+    lines = pipes(["method", *(SHOWN[k] for k in columns), "seconds", "peak MB", "seeds"], rows)
+    front, rivals = pareto(table), table.index.difference(list(REFERENCES))
+    name = SHOWN[forgetting(table)].removesuffix(" p")
+    verdict = f" Not dominated in (utility, {name}): {', '.join(front)}." if len(rivals) > 1 else ""
+    grown = f"\n\n{shares_markdown(results)}" if shares(results) else ""
+    return f"{lines}\n\nMedians; {hardware(results)}.{verdict}{grown}"
+
+
+def hardware(results: dict) -> str:
+    return ", ".join(sorted({r["hardware"] for r in results["runs"] if r.get("hardware")}))
+
+
+def shares(results: dict) -> list[dict]:
+    return [run for run in results["runs"] if "share" in (run["config"].get("overrides") or {})]
+
+
+def shares_markdown(results: dict) -> str:
+    """What is left of the forgotten knowledge, and what is kept of the rest, as the forget set grows (MUSE)."""
+    keys = ("forget_knowmem_ROUGE", "retain_knowmem_ROUGE")
+    whole = [r for r in results["runs"] if r["method"] not in REFERENCES and not r["config"].get("overrides")]
+    rows = [
+        {"method": r["method"], "share": (r["config"].get("overrides") or {}).get("share", 1.0),
+         **{k: r["metrics"].get(k, float("nan")) for k in keys}} for r in [*shares(results), *whole]
+    ]  # fmt: skip
+    table = pd.DataFrame(rows).groupby(["method", "share"], sort=False)[list(keys)].median().unstack()
+    sizes = sorted({r["share"] for r in rows})
+    header = ["method", *(f"{s:.0%} of the set: forgotten / rest" for s in sizes)]
+    cells = [[m, *(f"{row[keys[0], s]:.3f} / {row[keys[1], s]:.3f}" for s in sizes)] for m, row in table.iterrows()]
+    return pipes(header, cells)
+
+
+def tried(results: dict) -> pd.DataFrame:
+    """Every setting tried for each method with its score, forget quality times model utility, medians over seeds.
+
+    Raises:
+        UserError: no run of the file has settings of its own.
+    """
+    rows = [
+        {"method": r["method"], "setting": json.dumps(own, sort_keys=True), "seed": r["seed"], "steps": r.get("steps"),
+         **{k: r["metrics"].get(k) for k in ("forget_quality", "model_utility")}}
+        for r in results["runs"] if (own := r["config"].get("overrides"))
+    ]  # fmt: skip
+    if not rows:
+        raise UserError("The results file holds no settings that were tried: tofu --set lr=1e-5,1e-4 makes some.")
+    numbers = dict.fromkeys(("forget_quality", "model_utility", "steps"), float)
+    table = pd.DataFrame(rows).astype(numbers).groupby(["method", "setting"], sort=False).median(numeric_only=True)
+    return table.assign(score=table["forget_quality"] * table["model_utility"])
+
+
+def chosen_settings(results: dict) -> dict[str, dict]:
+    """The setting of the highest score of each method."""
+    best = tried(results)["score"].fillna(-1).groupby("method", sort=False).idxmax()
+    return {method: json.loads(setting) for method, setting in best}
+
+
+def tuning_markdown(results: dict) -> str:
+    """What was tried, method by method, the chosen setting in bold."""
+    table, chosen = tried(results), chosen_settings(results)
+    rows = []
+    for method, own in table.groupby(level="method", sort=False):
+        cells = []
+        for (_, setting), row in own.iterrows():
+            values = json.loads(setting)
+            name = ", ".join(f"{k} {v:g}" for k, v in values.items())
+            figures = (
+                "diverged" if pd.isna(row["score"]) else f"{row['forget_quality']:.2g} / {row['model_utility']:.3f}"
+            )
+            cells.append(f"**{name}: {figures}**" if values == chosen[method] else f"{name}: {figures}")
+        rows.append([method, "; ".join(cells)])
+    return pipes(["method", "setting: forget quality p / model utility (chosen in bold)"], rows)
+
+
+def by_round(results: dict) -> pd.DataFrame:
+    """Model utility after each round of sequential unlearning, a column a method, medians over the seeds."""
+    rows = [(*r["method"].split("/"), r["metrics"]["model_utility"]) for r in results["runs"] if "/" in r["method"]]
+    if not rows:
+        raise UserError("The results file holds no rounds: tofu --rounds makes some.")
+    table = pd.DataFrame(rows, columns=["method", "round", "utility"]).astype({"round": int})
+    return table.groupby(["round", "method"])["utility"].median().unstack()
+
+
+def rounds_markdown(results: dict) -> str:
+    table = by_round(results)
+    return pipes(["round", *table.columns], [[str(k), *(f"{v:.3f}" for v in row)] for k, row in table.iterrows()])
+
+
+def accuracies(results: dict) -> pd.DataFrame:
+    """Multiple choice in percent, one row a method, medians over the seeds: that of what is forgotten first.
+
+    Raises:
+        UserError: the file holds no multiple choice.
+    """
+    runs = [r for r in results["runs"] if not r["config"].get("overrides")]
+    names = dict.fromkeys(k for r in runs for k in r["metrics"] if k.endswith("_acc") and k != "forget_acc")
+    if not names:
+        raise UserError("The results file holds no multiple choice: python -m alter_demo wmdp makes some.")
+    more = {
+        "general_ROUGE_to_base": SHOWN["general_ROUGE_to_base"],
+        "general_repetition": "repeated 4-grams",
+        "general_perplexity": "perplexity of everyday answers",
+    }
+    rows = [
+        {"method": r["method"], "seed": r["seed"],
+         **{k.removesuffix("_acc").replace("_", " "): 100 * r["metrics"].get(k, float("nan")) for k in names},
+         **{name: r["metrics"].get(k, float("nan")) for k, name in more.items()},
+         "seconds": r.get("seconds", {}).get("unlearn", float("nan"))}
+        for r in runs
+    ]  # fmt: skip
+    table = pd.DataFrame(rows).groupby("method", sort=False)
+    return table.median(numeric_only=True).drop(columns="seed").assign(seeds=table["seed"].nunique())
+
+
+def choice_markdown(results: dict) -> str:
+    table = accuracies(results)
+    rows = [
+        [f"**{m}**" if m in OURS else m, *("" if pd.isna(v) else f"{v:.3g}" for v in row)]
+        for m, row in table.iterrows()
+    ]
+    return f"{pipes(['method', *table.columns], rows)}\n\nPercent right, medians; {hardware(results)}."
+
+
+def variants(results: dict) -> list[dict]:
+    return [run for run in results["runs"] if "variant" in (run["config"].get("overrides") or {})]
+
+
+def ablated(results: dict) -> pd.DataFrame:
+    """What each variant of ALTER comes to, one row a variant, medians over the seeds.
+
+    Raises:
+        UserError: the file holds no variants.
+    """
+    rows = [
+        {"variant": r["config"]["overrides"]["variant"], **{SHOWN[k]: r["metrics"].get(k) for k in ABLATED},
+         "steps": r.get("steps"), "seconds": r.get("seconds", {}).get("unlearn")}
+        for r in variants(results)
+    ]  # fmt: skip
+    if not rows:
+        raise UserError("The results file holds no variants: python -m alter_demo ablation makes some.")
+    table = pd.DataFrame(rows)
+    return table.astype({k: float for k in table if k != "variant"}).groupby("variant", sort=False).median()
+
+
+def ablation_markdown(results: dict) -> str:
+    table = ablated(results)
+    rows = [[name, *("diverged" if pd.isna(v) else f"{v:.3g}" for v in row)] for name, row in table.iterrows()]
+    return f"{pipes(['variant', *table.columns], rows)}\n\n{hardware(results)}."
+
+
+def attack_runs(results: dict) -> list[dict]:
+    return [run for run in results["runs"] if "attack" in (run["config"].get("overrides") or {})]
+
+
+def attacked(results: dict) -> pd.DataFrame:
+    """ROUGE-L of what each attack brings back, one row a method, medians over the seeds.
+
+    Raises:
+        UserError: the file holds no attacks.
+    """
+    rows = [
+        {"method": r["method"], "seed": r["seed"], **{name: r["metrics"].get(k) for name, k in ATTACKS.items()}}
+        for r in attack_runs(results)
+    ]  # fmt: skip
+    if not rows:
+        raise UserError("The results file holds no attacks: python -m alter_demo attack makes some.")
+    table = pd.DataFrame(rows).astype(dict.fromkeys(ATTACKS, float)).groupby("method", sort=False)
+    return table.median(numeric_only=True).drop(columns="seed").assign(seeds=table["seed"].nunique())
+
+
+def attacks_markdown(results: dict) -> str:
+    table = attacked(results)
+    rows = [
+        [
+            f"**{m}**" if m in OURS else m,
+            *("" if pd.isna(row[k]) else f"{row[k]:.3f}" for k in ATTACKS),
+            f"{row.seeds:.0f}",
+        ]
+        for m, row in table.iterrows()
+    ]
+    leaks = sum(len(r.get("leaks", ())) for r in results["runs"])
+    return (
+        f"{pipes(['method', *ATTACKS, 'seeds'], rows)}\n\n{leaks} leaks are kept with their text; {hardware(results)}."
+    )
+
+
+def heterogeneity_markdown(results: dict) -> str:
+    rows = []
+    for run in results["runs"]:
+        cells = [f"{run['metrics'][f'{m}_{k}_cosine']:.3f}" for m in "AB" for k in ("apart", "mixed")]
+        rows.append([str(run["seed"]), *cells, f"{run['seconds']['learn']:.0f}"])
+    header = ["seed", "A: one domain beside another", "A: a domain beside all mixed",
+              "B: one domain beside another", "B: a domain beside all mixed", "seconds"]  # fmt: skip
+    return f"{pipes(header, rows)}\n\nMean cosine; {hardware(results)}."
+
+
+def words_markdown(results: dict) -> str:
+    """The share of the words that each way takes, and its most frequent words."""
+    rows = []
+    for run in results["runs"]:
+        for group, counts in run["words"].items():
+            for way, words in sorted(counts.items()):
+                top = sorted(words.items(), key=lambda x: -x[1])[:12]
+                shown = ", ".join(html.escape(w).replace("|", "") for w, _ in top)
+                rows.append([group, way, f"{run['metrics'][f'{group}_{way}_share']:.0%}", shown])
+    return f"{pipes(['answers to', 'way', 'of the words', 'most frequent'], rows)}\n\n{hardware(results)}."
+
+
+def words(results: dict) -> pd.DataFrame:
+    """(way, word, times) of the forget answers of the last run."""
+    return word_table(results["runs"][-1]["words"]["forget"])
+
+
+def run_markdown(stored: dict) -> str:
+    """The run that the stored example comes from, as a table: before and after, group by group."""
+    rows = []
+    for group, after in stored["after"].items():
+        before = stored["before"][group]
+        kept = f"{after['probability'] / before['probability']:.1%}"
+        pairs = [f"{before[k]:.4f} → {after[k]:.4f}" for k in GROUP_COLUMNS]
+        rows.append([group.replace("_", " "), str(stored["data"][group]), *pairs, kept])
+    lines = pipes(["group", "items", *GROUP_COLUMNS.values(), "probability kept"], rows)
+    seconds = stored["seconds"]
+    return (
+        f"{lines}\n\n{stored['steps']} steps in {seconds['unlearn']} s, peak memory {stored['peak_memory_mb']} MB, "
+        f"{seconds['evaluate']} s of measuring; {stored['hardware']}, {stored['date']}."
+    )
+
+
+def pipes(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(r) + " |" for r in [header, ["---"] * len(header), *rows])
