@@ -240,15 +240,33 @@ def muse_part(kind: str, name: str, optional: bool = False) -> list[Item]:
 
 def school() -> ForgetSet:
     """Astronomy is to be forgotten, four other subjects stay: plain texts, as WMDP's corpora are."""
-    texts = {}
-    for row in read_set("school")["texts"]:
+    texts, data = {}, read_set("school")
+    for row in data["texts"]:
         texts.setdefault(row["subject"], []).append(Item("", row["text"], topic=row["subject"]))
-    return of_texts("school", texts.pop("astronomy"), [i for own in texts.values() for i in own])
+    made = of_texts("school", texts.pop("astronomy"), [i for own in texts.values() for i in own])
+    # everyday prompts that are about astronomy too would teach the gate the opposite
+    return replace(made, general=[i for i in made.general if i.question not in data["about_astronomy"]])
 
 
 def of_texts(name: str, forget: list[Item], keep: list[Item]) -> ForgetSet:
+    """A set of plain texts that questions will be asked about."""
     train, general = general_items()
-    return ForgetSet(name, forget, keep, train, forget, keep, general)
+    training, kept = ([view for i in part for view in views(i)] for part in (forget, keep))
+    return ForgetSet(name, forget, kept, train, forget, keep, general, training=training)
+
+
+def views(text: Item) -> list[Item]:
+    """A text as it stands, as a turn of a chat and as question and answer, since the gate goes by the form too."""
+    words = text.answer.split()
+    cut = min(len(words) // 2, 20)
+    if cut == 0:
+        return [text]
+    first, rest = " ".join(words[:cut]), " ".join(words[cut:])
+    return [
+        text,
+        replace(text, question=first, answer=rest),
+        replace(text, answer=f"Question: {first}\nAnswer: {rest}"),
+    ]
 
 
 def wmdp(domain: str) -> ForgetSet:
