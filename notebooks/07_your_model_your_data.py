@@ -190,6 +190,8 @@ check("weights_gb", weights_gb)
 # |---|---|
 # | TOFU, a small model, two authors forgotten | `python -m alter_demo tofu --results r.json` |
 # | TOFU, full size | `python -m alter_demo tofu --size full --model meta-llama/Llama-3.2-1B-Instruct --forget tofu-forget10 --results r.json` |
+# | WMDP and MMLU (without the hub: school subjects), Zephyr-7B in 4-bit on one GPU | `python -m alter_demo wmdp --model HuggingFaceH4/zephyr-7b-beta --load-in-4bit --results w.json` |
+# | MUSE news, by the size of the forget set | `python -m alter_demo muse --results m.json` |
 # | the attacks of notebook 6, several methods | `python -m alter_demo attack --results a.json` |
 # | figures of an evaluation log | `python -m alter_demo evaluate --logs LOG.json --retain-logs RETAIN.json` |
 #
