@@ -93,7 +93,8 @@ def fit_gate(records: list[Record], samples: list[Sample], config, seed: int):
             if sample.label:
                 at_answer.append(not_r[sample.turn - 1].item())
             else:
-                anywhere.append(not_r[prefix:].max().item())
+                # a plain text's first words say too little about it
+                anywhere.append(not_r[sample.turn if sample.start == 1 else prefix :].max().item())
     threshold = float(np.clip(np.quantile(anywhere, 1 - MAX_LEAK), 0.5, 0.99)) if anywhere else 0.5
     report = {
         "threshold": round(threshold, 4),
