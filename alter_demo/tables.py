@@ -24,6 +24,7 @@ SHOWN = {
     "model_utility": "model utility",
     "retain_Q_A_ROUGE": "retain ROUGE-L",
     "forget_Q_A_Prob": "forget probability",
+    "forget_Q_A_ROUGE": "forget ROUGE-L",
     "extraction_strength": "extraction strength",
     "privleak": "privleak",
     "forget_repetition": "repeated 4-grams",

@@ -49,18 +49,24 @@ def school_task(subject: str) -> dict:
     }
 
 
+@functools.cache
+def task_manager(all_tasks: bool):
+    """lm-eval's index of tasks, which it reads from a thousand files. Raises UserError where it is not installed."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise UserError("Multiple choice needs lm-eval: pip install -r requirements-benchmarks.txt") from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager(include_defaults=all_tasks)
+
+
 def load_tasks(names: tuple[str, ...]) -> list:
     """lm-eval's tasks by name, with their questions.
 
     Raises:
         UserError: lm-eval is not installed, knows no such task, or can't fetch its questions.
     """
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise UserError("Multiple choice needs lm-eval: pip install -r requirements-benchmarks.txt") from None
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_defaults=not set(names) <= set(TASKS["school"]))
+    manager = task_manager(not set(names) <= set(TASKS["school"]))
     for name in names:
         if name not in TASKS["school"] and name not in manager.all_tasks:
             raise UserError(f"lm-eval knows no task {name!r}: `lm-eval ls tasks` lists those that it knows.")
@@ -82,9 +88,8 @@ def accuracy(lm, model, tasks: list, limit: int | None = None) -> dict[str, floa
     """{task: share answered rightly} by lm-eval; of a group such as MMLU under the group's name."""
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    ready = TaskManager(include_defaults=False).load(tasks)
+    ready = task_manager(False).load(tasks)
     with own_progress():
         asked = HFLM(pretrained=model, tokenizer=lm.tokenizer, batch_size=BATCH)
         found = evaluate(asked, ready, limit=limit, bootstrap_iters=0, log_samples=False)["results"]
