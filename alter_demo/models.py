@@ -296,8 +296,10 @@ def need_memory(path: str, name: str, device: str, dtype: str, load_in_4bit: boo
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if getattr(config, "quantization_config", None):  # packed already, in one of a dozen ways
+        return
     with torch.device("meta"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     count = sum(p.numel() for p in model.parameters())
     tables = {id(t.weight): t.weight.numel() for t in (model.get_input_embeddings(), model.get_output_embeddings())}

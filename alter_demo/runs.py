@@ -222,7 +222,8 @@ def unlearn(
         stage("loading the model", 0.0)
         shipped = adapters(made.name, model) if made.learned else {}
         adapter, retain_adapter = adapter or shipped.get("target"), retain_adapter or shipped.get("retain")
-        if made.learned and adapter is None and model in MODELS:  # of others, nobody knows what they have learned
+        # checkpoints that have learned TOFU or MUSE are public; nobody else's knows the imaginary authors
+        if made.learned and adapter is None and (model in MODELS or made.name == "imaginary-authors"):
             raise UserError(f"{model} has not learned {made.name}: teach it first (python -m alter_demo learn --help).")
         model = load_model(model, device, dtype, adapter, load_in_4bit)
     lm = model

@@ -141,14 +141,19 @@ def choice_grid(config, methods: list[str], seeds: list[int], how, names: tuple[
     after; goes on where it stopped, as `grid.grid`.
 
     Raises:
-        UserError: as `grid.Bench` and `load_tasks` do; a forget set without tasks.
+        UserError: as `grid.Bench` and `load_tasks` do; a forget set without tasks; a file with other tasks in it.
     """
     from .grid import Bench
 
     if config.forget not in TASKS:
         raise UserError(f"Questions exist for {', '.join(TASKS)}, not for {config.forget!r}.")
     bench = Bench(config, methods, how, ("general",))
-    tasks = load_tasks(names or TASKS[config.forget])
+    names = names or TASKS[config.forget]
+    if any({f"{n}_acc" for n in names} - r["metrics"].keys() for r in bench.results["runs"] if r["metrics"]):
+        raise UserError(
+            f"{how.path} holds answers to other tasks than {', '.join(names)}: one file for each (--results)."
+        )
+    tasks = load_tasks(names)
     wanted = [(m, s, values) for s in seeds for m in methods for values in how.settings]
     missing = [item for item in wanted if not bench.done(*item)]
     bench.prepare()

@@ -65,6 +65,10 @@ def test_before_and_after_through_the_command_line(tiny, cache, tmp_path, monkey
     before = path.read_text()
     assert main([*options, "--methods", "alter_selective", "--set", *steps]) == 0
     assert path.read_text() == before  # nothing is run twice
+    assert (
+        main([*options, "--tasks", "wmdp_bio", "mmlu"]) == 2
+        and "holds answers to other tasks" in capsys.readouterr().err
+    )
     for run in runs:
         run["config"]["overrides"] = {}
     assert report.table_of({"runs": runs}).count("| **alter_selective** |") == 1
