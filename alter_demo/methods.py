@@ -179,25 +179,30 @@ KL = {"retention": "distill"}
 METHODS: dict[str, Method] = {
     "grad_ascent": Method({"forget": ascent}, "full", "Maini et al. 2024", FULL),
     "grad_diff": Method({"forget": ascent, "retain": keep}, "full", "Maini et al. 2024", FULL | {"lr": 1e-4}),
-    "kl_min": Method({"forget": ascent, "retain": keep}, "full", "Maini et al. 2024", FULL | KL),
+    "kl_min": Method({"forget": ascent, "retain": keep}, "full", "Maini et al. 2024", FULL | KL | {"lr": 1e-4}),
     "npo": Method({"forget": npo}, "full", "Zhang et al. 2024", FULL),
     "npo_kl": Method({"forget": npo, "retain": keep}, "full", "Zhang et al. 2024", FULL | KL),
     "npo_gd": Method({"forget": npo, "retain": keep}, "full", "Zhang et al. 2024", FULL),
     "simnpo": Method(
         {"forget": simnpo, "retain": keep}, "full", "Fan et al. 2024",
-        FULL | {"lr": 1e-4, "sharpness": 4.5, "beta": 0.125},
+        FULL | {"lr": 1e-4, "sharpness": 4.5},
     ),
     "idk_dpo": Method({"forget": dpo, "retain": keep}, "full", "Maini et al. 2024", FULL, instead="paired"),
-    "rmu": Method({"forget": steer, "retain": keep_states}, "mlp", "Li et al. 2024", FULL),
+    "rmu": Method(
+        {"forget": steer, "retain": keep_states}, "mlp", "Li et al. 2024", FULL | {"lr": 1e-4, "steering": 100.0}
+    ),
     "random_labels": Method({"forget": random_labels, "retain": keep}, "full", "Golatkar et al. 2020", FULL),
     "elm": Method(
         {"forget": erase, "retain": keep, "refusal": said_instead}, "lora", "Gandikota et al. 2024",
-        LORA | KL | {"refusal": 1.0}, instead="novice",
+        LORA | KL | {"refusal": 1.0, "lr": 5e-4}, instead="novice",
     ),
-    "lora": Method({"forget": inverted_hinge, "retain": keep}, "lora", "Hu et al. 2022; IHL of Cha et al. 2025", LORA),
+    "lora": Method(
+        {"forget": inverted_hinge, "retain": keep}, "lora", "Hu et al. 2022; IHL of Cha et al. 2025", LORA | {"lr": 2e-3}
+    ),
     "asym_lora": Method(
         {"forget": inverted_hinge, "retain": keep}, "alter", "Tian et al. 2024 (HydraLoRA); IHL of Cha et al. 2025",
-        {"max_steps": 60, "probe_every": 3, "retention": "nll", "lr_a": 1e-3}, {"gate": "softmax"}, guided=False,
+        {"max_steps": 60, "probe_every": 3, "retention": "nll", "lr_a": 1e-3, "lr_b": 5e-4}, {"gate": "softmax"},
+        guided=False,
     ),
     # as published: softmax gate, fixed threshold, experts act everywhere, B_r learns by NLL
     "alter": Method(
