@@ -197,7 +197,8 @@ METHODS: dict[str, Method] = {
         LORA | KL | {"refusal": 1.0, "lr": 5e-4}, instead="novice",
     ),
     "lora": Method(
-        {"forget": inverted_hinge, "retain": keep}, "lora", "Hu et al. 2022; IHL of Cha et al. 2025", LORA | {"lr": 2e-3}
+        {"forget": inverted_hinge, "retain": keep}, "lora", "Hu et al. 2022; IHL of Cha et al. 2025",
+        LORA | {"lr": 2e-3},
     ),
     "asym_lora": Method(
         {"forget": inverted_hinge, "retain": keep}, "alter", "Tian et al. 2024 (HydraLoRA); IHL of Cha et al. 2025",

@@ -145,7 +145,7 @@ KINDS: dict[str, Kind] = {
         tables.rounds_markdown, grid_commands, {"rounds": figures.sequential},
     ),
     "grid": Kind(
-        lambda r: True, lambda r: tables.medians(r).reset_index().rename(columns=tables.SHOWN), tables.markdown,
+        lambda r: True, tables.named_medians, tables.markdown,
         grid_commands, {"tradeoff": figures.tradeoff, "cost": figures.cost},
     ),
 }  # fmt: skip

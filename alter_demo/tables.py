@@ -91,6 +91,11 @@ def medians(results: dict) -> pd.DataFrame:
     return table.median(numeric_only=True).drop(columns="seed").assign(seeds=counts, diverged=lost)
 
 
+def named_medians(results: dict) -> pd.DataFrame:
+    """The medians under the names that a person reads, without empty columns."""
+    return medians(results).dropna(axis=1, how="all").reset_index().rename(columns=SHOWN)
+
+
 def forgetting(table: pd.DataFrame) -> str:
     """What measures forgetting in these results: forget quality, or one of FALLING where it can't be computed."""
     return next((k for k in ("forget_quality", *FALLING) if table[k].notna().any()), "forget_quality")
@@ -218,7 +223,6 @@ def accuracies(results: dict) -> pd.DataFrame:
     more = {
         "general_ROUGE_to_base": SHOWN["general_ROUGE_to_base"],
         "general_repetition": "repeated 4-grams",
-        "general_perplexity": "perplexity of everyday answers",
     }
     rows = [
         {"method": r["method"], "seed": r["seed"],
