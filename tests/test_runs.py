@@ -71,7 +71,7 @@ def test_it_learns_to_say_that_it_does_not_know(taught, made):
     questions = [i.question for i in made.forget]
     change = {}
     for weight in (0.0, 1.0):
-        train = quick(max_steps=20, lr_b=1e-2, batch_size=4, refusal=weight)
+        train = quick(max_steps=40, lr_b=5e-3, batch_size=4, refusal=weight)
         run = unlearn(str(taught), made, UnlearnConfig(threshold="auto", n_experts=2), train, None, None, False)
         pairs = [[q for q in questions for _ in said[:3]], said[:3] * len(questions)]
         after, before = run.log_probs(*pairs), run.log_probs(*pairs, adapted=False)
