@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from .charts import COLOURS, WAYS, cloud
 from .errors import UserError
 from .results import REFERENCES
-from .tables import FALLING, OURS, by_round, forgetting, medians, pareto
+from .tables import FALLING, OURS, forgetting, medians, pareto, rounds
 
 COST_BASES = ("asym_lora", "grad_diff")  # what a method's seconds and memory are set beside
 SYMBOLS = ("circle", "square", "triangle-up", "triangle-down", "cross", "pentagon", "hexagon", "circle-open",
@@ -42,7 +42,7 @@ def tradeoff(results: dict) -> go.Figure:
         symbol = {"retain": "star", "target": "x"}.get(method) or ("diamond" if ours else next(symbols))
         figure.add_scatter(
             x=[row["model_utility"]], y=[row[y]], mode="markers+text", text=[method if named else ""],
-            textposition="bottom center", name=method, showlegend=not named, cliponaxis=False,
+            textposition="top center", name=method, showlegend=not named, cliponaxis=False,
             hovertemplate=f"{method}: utility %{{x:.3f}}, {shown} %{{y:.2g}}<extra></extra>",
             marker={"symbol": symbol, "size": 16 if named else 11,
                     "color": BLUE if ours else ORANGE if reference else GREY},
@@ -76,8 +76,16 @@ def cost(results: dict) -> go.Figure:
 
 
 def sequential(results: dict) -> go.Figure:
-    """Model utility over the rounds while the forget set grows (ALTER, Fig. 5)."""
-    return lines(by_round(results)).update_layout(xaxis_title="round", yaxis_title="model utility")
+    """Over the rounds while the forget set grows: model utility (ALTER, Fig. 5), and what is left of the whole set."""
+    table = rounds(results).unstack("method")
+    columns = [c for c in ("model utility", "forget probability") if c in table]
+    figure = make_subplots(1, len(columns), subplot_titles=columns)
+    for col, column in enumerate(columns, 1):
+        figure.add_traces(lines(table[column]).data, rows=1, cols=col)
+    for trace in figure.data[len(table[columns[0]].columns) :]:
+        trace.showlegend = False
+    figure.update_xaxes(title="round").update_yaxes(range=[0, 1])
+    return plain_look(figure).update_layout(showlegend=True)
 
 
 def relearning(results: dict, source: str = "forget") -> go.Figure:
@@ -97,12 +105,12 @@ def relearning(results: dict, source: str = "forget") -> go.Figure:
 def lines(table: pd.DataFrame) -> go.Figure:
     """A line for each column of `table`, ours bold; symbols tell the others apart without colour."""
     figure, symbols = go.Figure(), itertools.cycle(SYMBOLS)
-    for method in table:
+    for method, colour in zip(table, itertools.cycle(PALETTE), strict=False):
         ours = method in OURS
         figure.add_scatter(
             x=table.index, y=table[method], mode="lines+markers", name=method,
             marker={"symbol": "diamond" if ours else next(symbols), "size": 10},
-            line={"width": 4 if ours else 2, "dash": "solid" if ours else "dot"},
+            line={"width": 4 if ours else 2, "dash": "solid" if ours else "dot", "color": colour},
         )  # fmt: skip
     return plain_look(figure)
 
@@ -110,7 +118,8 @@ def lines(table: pd.DataFrame) -> go.Figure:
 def heterogeneity(results: dict) -> go.Figure:
     """A's and B's of LoRAs of several domains, from the same start, in two dimensions (ALTER, Fig. 1)."""
     points = pd.DataFrame(results["runs"][-1]["points"])
-    figure = make_subplots(1, 2, subplot_titles=("A, one point a direction", "B, one point a direction"))
+    titles = ("A, one point a direction", "B, one point a direction")
+    figure = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.16)
     symbols = dict(zip(points["domain"].unique(), itertools.cycle(SYMBOLS), strict=False))
     for (matrix, domain), own in points.groupby(["matrix", "domain"], sort=False):
         figure.add_scatter(

@@ -141,8 +141,9 @@ KINDS: dict[str, Kind] = {
         said="Every setting that was tried; the highest score of a method is its default.",
     ),
     "rounds": Kind(
-        lambda r: any("/" in run["method"] for run in r["runs"]), lambda r: tables.by_round(r).reset_index(),
+        lambda r: any("/" in run["method"] for run in r["runs"]), lambda r: tables.rounds(r).reset_index(),
         tables.rounds_markdown, grid_commands, {"rounds": figures.sequential},
+        "The forget set grows round by round; what is left of all of it is measured after each.",
     ),
     "grid": Kind(
         lambda r: True, tables.named_medians, tables.markdown,

@@ -38,6 +38,8 @@ SHOWN = {
 }
 ABLATED = ("forget_quality", "model_utility", "retain_Q_A_ROUGE", "forget_Q_A_Prob", "extraction_strength",
            "general_ROUGE_to_base", "forget_repetition")  # fmt: skip
+ROUNDS = ("model_utility", "forget_quality", "forget_Q_A_Prob", "forget_Q_A_ROUGE", "extraction_strength",
+          "forget_knowmem_ROUGE", "retain_knowmem_ROUGE")  # fmt: skip
 ATTACKS = {  # column of the table -> figure
     "before": "before_ROUGE",
     "asked": "asked_ROUGE",
@@ -196,18 +198,21 @@ def tuning_markdown(results: dict) -> str:
     return pipes(["method", "setting: forget quality p / model utility (chosen in bold)"], rows)
 
 
-def by_round(results: dict) -> pd.DataFrame:
-    """Model utility after each round of sequential unlearning, a column a method, medians over the seeds."""
-    rows = [(*r["method"].split("/"), r["metrics"]["model_utility"]) for r in results["runs"] if "/" in r["method"]]
-    if not rows:
+def rounds(results: dict) -> pd.DataFrame:
+    """One row a method and round: utility and what is left of the whole forget set, medians over the seeds."""
+    runs = [r for r in results["runs"] if "/" in r["method"]]
+    if not runs:
         raise UserError("The results file holds no rounds: tofu --rounds makes some.")
-    table = pd.DataFrame(rows, columns=["method", "round", "utility"]).astype({"round": int})
-    return table.groupby(["round", "method"])["utility"].median().unstack()
+    table = pd.DataFrame(r["metrics"] for r in runs)
+    table = table[[k for k in ROUNDS if k in table]].rename(columns=SHOWN)
+    methods, numbers = zip(*(r["method"].split("/") for r in runs), strict=True)
+    return table.groupby([pd.Series(methods, name="method"), pd.Series(map(int, numbers), name="round")]).median()
 
 
 def rounds_markdown(results: dict) -> str:
-    table = by_round(results)
-    return pipes(["round", *table.columns], [[str(k), *(f"{v:.3f}" for v in row)] for k, row in table.iterrows()])
+    table = rounds(results)
+    rows = [[method, str(k), *(f"{v:.3g}" for v in row)] for (method, k), row in table.iterrows()]
+    return f"{pipes(['method', 'round', *table.columns], rows)}\n\n{hardware(results)}."
 
 
 def accuracies(results: dict) -> pd.DataFrame:
