@@ -23,7 +23,7 @@ from .entropy import PUBLISHED_THRESHOLD
 from .errors import Diverged, UserError
 from .methods import METHODS
 from .models import MODELS, cache_dir, load_model
-from .results import REFERENCES, SIZES, read_results
+from .results import SIZES, TAUGHT, read_results
 from .runs import LAYERS, UnlearnConfig, check_config, next_round, split_probe, unlearn
 from .teaching import LearnConfig, learn
 from .training import TrainConfig, train_config
@@ -83,7 +83,7 @@ def taught(config: GridConfig, made: ForgetSet, device: str, dtype: str, on_step
     mark = hashlib.sha256(f"{config.model}{stamp(config.model)}".encode()).hexdigest()[:6]
     model = config.model if config.model in MODELS else f"{Path(config.model).name}-{mark}"
     name = f"{made.name}-{config.retain_items or 'all'}-{model}-{config.epochs}"
-    folders = {which: cache_dir() / "taught" / name / which for which in REFERENCES}
+    folders = {which: cache_dir() / "taught" / name / which for which in TAUGHT}
     for which, folder in folders.items():
         if not (folder / "adapter_config.json").is_file():
             stage(f"teaching the {which} model", 0.0)
@@ -161,7 +161,7 @@ class Bench:
         """Teach and measure the two reference models, or take them from the cache."""
         config, how = self.config, self.how
         if how.retain_model:  # both have learned what they should
-            self.folders = dict.fromkeys(REFERENCES)
+            self.folders = dict.fromkeys(TAUGHT)
         else:
             self.folders = taught(config, self.made, how.device, how.dtype, how.on_step, how.on_stage)
         lm = self.target()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from .errors import UserError
 
-REFERENCES = ("target", "retain")  # the models beside which all others are put
+TAUGHT = ("target", "retain")  # the model that has learned everything, and the one that never saw the forget set
+REFERENCES = (*TAUGHT, "blind")  # rows beside which all others are put; blind: the target, without the question
 SIZES = {
     "cpu": {"retain_items": 200, "limit": 40, "kept": 20, "tokens": 64},
     "tune": {"retain_items": 200, "limit": 24, "kept": 12, "tokens": 32},  # to choose settings by, in half the time

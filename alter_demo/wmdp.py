@@ -2,7 +2,8 @@
 the hub can't be reached, ordinary school subjects written for this project, of which astronomy is to be forgotten.
 
 lm-eval scores the likelihood of each choice. WMDP and MMLU ask for a letter; a small model knows answers rather than
-letters, so the school questions score the answer's own words, per byte (`acc_norm`).
+letters, so the school questions score the answer's own words. They do so by the whole likelihood (`acc`): per byte
+(`acc_norm`) the choices alone, without the question, give 39 % away (`blind`), and no forgetting gets below that.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ TASKS: dict[str, tuple[str, ...]] = {
 BATCH = 16
 
 
-def school_task(subject: str) -> dict:
-    """A subject of `sets/school.json` as an lm-eval task; the right choice stands first there and is shuffled here."""
+def school_task(subject: str, blind: bool = False) -> dict:
+    """A subject of `sets/school.json` as an lm-eval task; the right choice stands first there and is shuffled here.
+    `blind` withholds the question, which tells what the choices alone give away."""
     from datasets import Dataset
 
     rows = [q for q in read_set("school")["questions"] if q["subject"] == subject]
@@ -42,10 +44,10 @@ def school_task(subject: str) -> dict:
         "custom_dataset": lambda **_: {"test": Dataset.from_list(docs)},
         "test_split": "test",
         "output_type": "multiple_choice",
-        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_text": "Answer:" if blind else "Question: {{question}}\nAnswer:",
         "doc_to_choice": "choices",
         "doc_to_target": "answer",
-        "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
 
 
@@ -60,8 +62,8 @@ def task_manager(all_tasks: bool):
     return TaskManager(include_defaults=all_tasks)
 
 
-def load_tasks(names: tuple[str, ...]) -> list:
-    """lm-eval's tasks by name, with their questions.
+def load_tasks(names: tuple[str, ...], blind: bool = False) -> list:
+    """lm-eval's tasks by name, with their questions, or without (`blind`, school subjects only).
 
     Raises:
         UserError: lm-eval is not installed, knows no such task, or can't fetch its questions.
@@ -74,7 +76,7 @@ def load_tasks(names: tuple[str, ...]) -> list:
     try:
         for name in names:
             own = name in TASKS["school"]
-            loaded = manager.load([school_task(name.removeprefix("school_")) if own else name])
+            loaded = manager.load([school_task(name.removeprefix("school_"), blind) if own else name])
             found.append(loaded["groups"].get(name) or loaded["tasks"][name])
     except Exception as error:  # the hub's client raises a dozen kinds
         raise UserError(
@@ -94,7 +96,7 @@ def accuracy(lm, model, tasks: list, limit: int | None = None) -> dict[str, floa
         asked = HFLM(pretrained=model, tokenizer=lm.tokenizer, batch_size=BATCH)
         found = evaluate(asked, ready, limit=limit, bootstrap_iters=0, log_samples=False)["results"]
     rows = {t.task_name if hasattr(t, "task_name") else t.name: None for t in tasks}
-    return {name: float(found[name].get("acc_norm,none", found[name].get("acc,none"))) for name in rows}
+    return {name: float(found[name]["acc,none"]) for name in rows}
 
 
 @contextmanager
@@ -157,10 +159,14 @@ def choice_grid(config, methods: list[str], seeds: list[int], how, names: tuple[
     wanted = [(m, s, values) for s in seeds for m in methods for values in how.settings]
     missing = [item for item in wanted if not bench.done(*item)]
     bench.prepare()
-    if not bench.done("target", 0, {}):
+    references = {"target": tasks}
+    if set(names) <= set(TASKS["school"]):
+        references["blind"] = load_tasks(names, blind=True)
+    for which in [name for name in references if not bench.done(name, 0, {})]:
         how.on_stage("the untouched model's answers", 0.0)
         lm = bench.target()
-        bench.add("target", 0, fluency(bench.logs["target"]) | scores(lm, lm.model, tasks, config.limit), {})
+        found = fluency(bench.logs["target"]) if which == "target" else {}
+        bench.add(which, 0, found | scores(lm, lm.model, references[which], config.limit), {})
         del lm
     for number, (method, seed, values) in enumerate(missing, 1):
         name = f"{number} of {len(missing)}: {method}, seed {seed}"

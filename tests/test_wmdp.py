@@ -32,22 +32,23 @@ def test_school_questions_are_sound():
 
 
 def test_lm_eval_scores_as_by_hand(taught):
-    """The choice with the highest log-likelihood per byte wins; ours is computed token by token."""
+    """The likeliest choice wins; ours is computed token by token. Without the question only the choices are left."""
     lm = load_model(str(taught), dtype="float32")
     docs = list(wmdp.school_task("biology")["custom_dataset"]()["test"])
 
-    def per_byte(question, choice):
+    def log_likelihood(question, choice):
         prompt, whole = (lm.tokenizer(t).input_ids for t in (question, f"{question} {choice}"))
         with torch.no_grad():
             log_p = lm.model(torch.tensor([whole])).logits[0].float().log_softmax(-1)
-        picked = [log_p[i - 1, whole[i]].item() for i in range(len(prompt), len(whole))]
-        return sum(picked) / len(choice)
+        return sum(log_p[i - 1, whole[i]].item() for i in range(len(prompt), len(whole)))
 
-    right = 0
-    for d in docs:
-        ranked = [per_byte(f"Question: {d['question']}\nAnswer:", c) for c in d["choices"]]
-        right += ranked.index(max(ranked)) == d["answer"]
-    assert wmdp.accuracy(lm, lm.model, wmdp.load_tasks(("school_biology",))) == {"school_biology": right / len(docs)}
+    for blind, prompt in ((False, "Question: {}\nAnswer:"), (True, "Answer:")):
+        right = 0
+        for d in docs:
+            ranked = [log_likelihood(prompt.format(d["question"]), c) for c in d["choices"]]
+            right += ranked.index(max(ranked)) == d["answer"]
+        found = wmdp.accuracy(lm, lm.model, wmdp.load_tasks(("school_biology",), blind))
+        assert found == {"school_biology": right / len(docs)}
 
 
 def test_before_and_after_through_the_command_line(tiny, cache, tmp_path, monkeypatch, capsys):
@@ -58,7 +59,7 @@ def test_before_and_after_through_the_command_line(tiny, cache, tmp_path, monkey
     assert main([*options, "--methods", "alter_selective", "--set", *steps]) == 0
     assert "school subjects stand in for WMDP" in capsys.readouterr().err  # --forget auto, no hub
     runs = json.loads(path.read_text())["runs"]
-    assert [r["method"] for r in runs] == ["target", "alter_selective"]
+    assert [r["method"] for r in runs] == ["target", "blind", "alter_selective"]
     for run in runs:
         assert run["config"]["forget"] == "school" and 0 <= run["metrics"]["forget_acc"] <= 1
         assert {f"{t}_acc" for t in wmdp.TASKS["school"]} < run["metrics"].keys()
