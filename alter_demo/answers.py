@@ -259,8 +259,13 @@ def write_json(path: Path, value, indent: int | None = 1) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as handle:
+            aside = Path(handle.name)
             json.dump(value, handle, ensure_ascii=False, indent=indent)
-        os.replace(handle.name, path)
+        try:
+            aside.chmod(0o644)  # temporary files are their owner's alone
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path} could not be written ({error.strerror}): make room there.") from None
 

@@ -286,6 +286,8 @@ def sequential(config: GridConfig, methods: list[str], seeds: list[int], rounds:
     if len(how.settings) > 1:
         raise UserError("Rounds are run with one value of each setting.")
     made, values = bench.made, how.settings[0]
+    if made.known:
+        raise UserError(f"{made.name} is forgotten whole: rounds need a set that was taught (imaginary-authors, TOFU).")
     overrides = {"rounds": rounds} | values
     if not 2 <= rounds <= len(made.forget):
         raise UserError(f"There can be 2 to {len(made.forget)} rounds, and {rounds} is not among them.")

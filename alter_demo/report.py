@@ -85,7 +85,7 @@ def grid_commands(results: dict) -> list[str]:
     seeds, found = sorted({str(run["seed"]) for run in rivals(results)}), []
     for values in [v for k, v in enumerate(tried.values()) if v not in list(tried.values())[:k]]:
         rounds = values.get("rounds", [])
-        listed = [f"{k}={','.join(f'{x:g}' for x in v)}" for k, v in values.items() if k != "rounds"]
+        listed = [f"{k}={','.join(map(tables.plain, v))}" for k, v in values.items() if k != "rounds"]
         command = "muse" if forget.startswith("muse-") else "tofu"
         parts = [f"python -m alter_demo {command} --forget", forget, *size_of(results)]
         parts += ["--methods", *(key[0] for key, v in tried.items() if v == values), "--seeds", *seeds]

@@ -134,6 +134,11 @@ def markdown(results: dict) -> str:
     return f"{lines}\n\nMedians; {hardware(results)}.{verdict}{grown}"
 
 
+def plain(value) -> str:
+    """A setting's value as text."""
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
 def hardware(results: dict) -> str:
     return ", ".join(sorted({r["hardware"] for r in results["runs"] if r.get("hardware")}))
 
@@ -189,7 +194,7 @@ def tuning_markdown(results: dict) -> str:
         cells = []
         for (_, setting), row in own.iterrows():
             values = json.loads(setting)
-            name = ", ".join(f"{k} {v:g}" for k, v in values.items())
+            name = ", ".join(f"{k} {plain(v)}" for k, v in values.items())
             figures = (
                 "diverged" if pd.isna(row["score"]) else f"{row['forget_quality']:.2g} / {row['model_utility']:.3f}"
             )

@@ -151,7 +151,11 @@ def choice_grid(config, methods: list[str], seeds: list[int], how, names: tuple[
         raise UserError(f"Questions exist for {', '.join(TASKS)}, not for {config.forget!r}.")
     bench = Bench(config, methods, how, ("general",))
     names = names or TASKS[config.forget]
-    if any({f"{n}_acc" for n in names} - r["metrics"].keys() for r in bench.results["runs"] if r["metrics"]):
+    if len(names) < 2:
+        raise UserError("Name two tasks at least: what is forgotten first, then what stays (--tasks).")
+    asked = [f"{n}_acc" for n in names]
+    stored = [[k for k in r["metrics"] if k.endswith("_acc")] for r in bench.results["runs"]]
+    if any(own and own[: len(own) - 2] != asked for own in stored):  # the last two sum them up
         raise UserError(
             f"{how.path} holds answers to other tasks than {', '.join(names)}: one file for each (--results)."
         )

@@ -214,6 +214,14 @@ def test_rounds_go_on_from_each_other(small, tmp_path):
     assert tables.rounds_markdown(results).startswith("| method | round | model utility |")
     with pytest.raises(UserError, match="rounds"):
         grid.sequential(*options[:3], 1, How(path))
+    with pytest.raises(UserError, match="forgotten whole"):
+        grid.sequential(replace(small, forget="harry-potter"), ["npo"], [0], 3, How(path))
+    assert path.stat().st_mode & 0o777 == 0o644
+    for run in one["runs"]:  # a setting may be a word
+        run["config"]["overrides"] = {"threshold": "auto"}
+        run["method"] = "npo"
+    assert "threshold auto" in tables.tuning_markdown(one)
+    assert "threshold=auto" in report.grid_commands(one)[0]
 
 
 def test_what_is_known_from_pre_training(taught, few, tmp_path, monkeypatch):

@@ -70,6 +70,8 @@ def test_before_and_after_through_the_command_line(tiny, cache, tmp_path, monkey
         main([*options, "--tasks", "wmdp_bio", "mmlu"]) == 2
         and "holds answers to other tasks" in capsys.readouterr().err
     )
+    assert main([*options, "--tasks", "school_biology", "school_astronomy"]) == 2  # would be another `forget_acc`
+    assert main([*options, "--tasks", "school_biology"]) == 2 and "two tasks" in capsys.readouterr().err
     for run in runs:
         run["config"]["overrides"] = {}
     assert report.table_of({"runs": runs}).count("| **alter_selective** |") == 1
