@@ -85,7 +85,7 @@ def sequential(results: dict) -> go.Figure:
     for trace in figure.data[len(table[columns[0]].columns) :]:
         trace.showlegend = False
     figure.update_xaxes(title="round").update_yaxes(range=[0, 1])
-    return plain_look(figure).update_layout(showlegend=True)
+    return plain_look(figure).update_layout(showlegend=True, margin_t=60)  # the page puts its label on top
 
 
 def relearning(results: dict, source: str = "forget") -> go.Figure:
@@ -128,7 +128,7 @@ def heterogeneity(results: dict) -> go.Figure:
                                              "color": PALETTE[list(symbols).index(domain) % len(PALETTE)]},
         )  # fmt: skip
     figure.update_xaxes(title="first component").update_yaxes(title="second component")
-    return plain_look(figure)
+    return plain_look(figure).update_layout(margin_t=60)
 
 
 def word_clouds(results: dict):

@@ -31,7 +31,9 @@ def test_adapted_equals_base_before_training(any_model, batch, gate):
     base = any_model(**batch).logits
     made = adapted(any_model, gate, trained=False)
     router_state(made).force = 1  # even with an expert forced on every token
-    assert torch.equal(made(**batch).logits, base)
+    # GPT-2's Conv1D is an addmm, whose last bit once in a while depends on where its memory lies
+    last_bit = 1e-6 if any_model.config.model_type == "gpt2" else 0
+    assert torch.allclose(made(**batch).logits, base, rtol=0, atol=last_bit)
 
 
 @pytest.mark.parametrize("gate", ["two_level", "softmax"])
