@@ -103,7 +103,7 @@ def accuracy(lm, model, tasks: list, limit: int | None = None) -> dict[str, floa
 def own_progress():
     """lm-eval draws a bar for each task, across those that tell the whole: none in here."""
     shown = tqdm.__init__
-    tqdm.__init__ = functools.partialmethod(shown, disable=True)
+    tqdm.__init__ = lambda bar, *args, **options: shown(bar, *args, **options | {"disable": True})
     try:
         yield
     finally:
