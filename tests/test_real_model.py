@@ -9,7 +9,7 @@ from alter_demo.answers import adapt, greedy
 from alter_demo.bench import bench
 from alter_demo.cli import main
 from alter_demo.data import load_forget_set
-from alter_demo.results import REFERENCES
+from alter_demo.results import TAUGHT
 from alter_demo.tables import RESULTS
 
 pytestmark = pytest.mark.slow
@@ -62,7 +62,7 @@ def test_a_stored_result_comes_back(tmp_path, monkeypatch):
     again = tmp_path / "again.json"
     assert main(["tofu", "--forget", "imaginary-authors", "--methods", "--results", str(again)]) == 0
     old, new = ({r["method"]: r["metrics"] for r in json.loads(p.read_text())["runs"]} for p in (stored, again))
-    for which in REFERENCES:
+    for which in TAUGHT:
         assert old[which].keys() == new[which].keys()
         for name, value in new[which].items():  # bfloat16 rounds in its own way on each processor
             assert value == pytest.approx(old[which][name], rel=0.05, abs=0.02), (which, name)
