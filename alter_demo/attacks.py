@@ -305,7 +305,8 @@ def attack_grid(config, methods: list[str], seeds: list[int], how, attacks: Atta
 
     attacks = attacks or AttackConfig()
     bench = Bench(config, methods, how)
-    overrides = {"attack": asdict(attacks) | {"steps": list(attacks.steps)}}
+    values = how.settings[0]
+    overrides = {"attack": asdict(attacks) | {"steps": list(attacks.steps)}} | values
     missing = [(m, s) for s in seeds for m in methods if not bench.done(m, s, overrides)]
     if missing:
         bench.prepare()
@@ -316,7 +317,7 @@ def attack_grid(config, methods: list[str], seeds: list[int], how, attacks: Atta
             break
         try:
             run = bench.unlearn(
-                bench.target(), bench.made, method, seed, how.settings[0], name, seen=bench.seen, evaluate=False
+                bench.reference("target"), bench.made, method, seed, values, name, seen=bench.seen, evaluate=False
             )
             if run is None:
                 break

@@ -7,6 +7,7 @@ benchmark from the hub or a folder, or a person's own file.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import random
@@ -55,6 +56,12 @@ class ForgetSet:
     more: dict[str, list[Item]] = field(default_factory=dict)  # further groups to measure, to be kept
     holdout: list[Item] = field(default_factory=list)  # like `forget`, never taught: for membership inference
     known: bool = False  # from pre-training: only what the model answers rightly is kept, see `answers.adapt`
+    probe: list[Item] | None = None  # what early stopping looks at, where that is not a part of `forget_held_out`
+
+    @property
+    def trained_on(self) -> list[Item]:
+        """What is unlearned, and what the target model has been taught before."""
+        return self.training or self.forget
 
     def evaluation(self) -> dict[str, list[Item]]:
         """The groups that `metrics.json` reports."""
@@ -88,7 +95,7 @@ class ForgetSet:
         sizes = {"forget": n, "forget_held_out": n, "holdout": n, "neighbours": kept, "general_held_out": kept}
         pick = {part: sample(getattr(self, part), size, seed) for part, size in sizes.items()}
         more = {k: sample(v, kept, seed) for k, v in self.more.items()}
-        return replace(self, training=self.training or self.forget, more=more, **pick)
+        return replace(self, training=self.trained_on, more=more, **pick)
 
 
 def sample(items: list, n: int, seed: int) -> list:
@@ -215,17 +222,19 @@ def tofu(split: str) -> ForgetSet:
 
 def muse(kind: str) -> ForgetSet:
     """MUSE-News or MUSE-Books. Its questions are asked; trained on are its texts where they are there (the hub has
-    them), else the questions. Then a fifth of the forget questions is left out as `holdout`, which nobody is taught."""
+    them), else the questions. Then a fifth of the forget questions is left out as `holdout`, which nobody is taught.
+    MUSE has no paraphrases: every fourth forget question is the probe, the other three are reported."""
     asked = {k: muse_part(kind, f"knowmem_{k}_qa") for k in ("forget", "retain")}
     texts, keep_texts = muse_part(kind, "raw_forget", True), muse_part(kind, "raw_retain1", True)
     forget, holdout = asked["forget"], []
     if not texts:
         cut = len(forget) * 4 // 5
         forget, holdout = forget[:cut], forget[cut:]
+    reported = [item for k, item in enumerate(forget) if k % 4]
     train, general = general_items()
     return ForgetSet(
-        f"muse-{kind}", forget, keep_texts or asked["retain"], train, forget, asked["retain"], general,
-        training=texts or None, learned=True, more={"retain": asked["retain"]}, holdout=holdout,
+        f"muse-{kind}", reported, keep_texts or asked["retain"], train, reported, asked["retain"], general,
+        training=texts or forget, learned=True, more={"retain": asked["retain"]}, holdout=holdout, probe=forget[::4],
     )  # fmt: skip
 
 
@@ -301,7 +310,7 @@ def benchmark(folder: str, file: str, hub_id: str, first: int | None = None) -> 
         found = next((p for p in paths if p.is_file()), None)
         if found is None:
             raise UserError(f"{paths[0]} is not there: ALTER_DATA_DIR must hold {folder}/{file}.json.")
-        return read_file(found)[:first]
+        return read_file(found, first)
     from datasets import load_dataset
 
     try:
@@ -333,28 +342,32 @@ def from_files(path: Path, retain: Path | None) -> ForgetSet:
     return ForgetSet(path.stem, forget, keep, train, asked_differently(forget) or forget, neighbours, general)
 
 
-def read_file(path: Path) -> list[Item]:
+def read_file(path: Path, first: int | None = None) -> list[Item]:
     """Items of a JSONL, JSON (a list) or CSV file with `question,answer` or with `text`.
 
+    Args:
+        first: only so many items; a JSONL file may be of any size then.
     Raises:
         UserError: absent, over 50 MB, not UTF-8, malformed (line and column), without items, columns missing.
     """
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
-    if path.stat().st_size > MAX_BYTES:
+    suffix = path.suffix.lower()
+    in_part = first is not None and suffix == ".jsonl"
+    if path.stat().st_size > MAX_BYTES and not in_part:
         raise UserError(f"{path.name} has {path.stat().st_size / 2**20:.0f} MB, and 50 MB is the most.")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig", newline="") as handle:
+            text = "".join(itertools.islice(handle, first)) if in_part else handle.read()
     except UnicodeDecodeError as error:
         raise UserError(f"{path.name} is not UTF-8 text (byte {error.start}): save it as UTF-8.") from None
-    suffix = path.suffix.lower()
     readers = {".jsonl": parse_jsonl, ".json": parse_json, ".csv": parse_csv}
     if suffix not in readers:
         raise UserError(f"{path.name} must end in .jsonl, .json or .csv.")
     items = [make_item(row, f"{path.name}, line {line}") for line, row in readers[suffix](text, path.name)]
     if not items:
         raise UserError(f"{path.name} has no examples in it.")
-    return items
+    return items[:first]
 
 
 def parse_jsonl(text: str, name: str):
@@ -395,6 +408,8 @@ def make_item(row, where: str) -> Item:
         raise UserError(f"{where}: each example must be an object with question and answer, or with text.")
     if "text" in row and "answer" not in row:
         row = {"question": "", "answer": row["text"]}
+    if "prompt" in row and "gt" in row:  # MUSE's verbatim memorisation
+        row = {"question": row["prompt"], "answer": row["gt"]}
     missing = [k for k in ("question", "answer") if k not in row]
     if missing:
         found = ", ".join(map(str, row)) or "nothing"

@@ -24,7 +24,7 @@ from .errors import Diverged, UserError
 from .methods import METHODS
 from .models import MODELS, cache_dir, load_model
 from .results import SIZES, TAUGHT, read_results
-from .runs import LAYERS, UnlearnConfig, check_config, next_round, split_probe, unlearn
+from .runs import LAYERS, UnlearnConfig, check_config, check_method, next_round, split_probe, unlearn
 from .teaching import LearnConfig, learn
 from .training import TrainConfig, train_config
 
@@ -61,6 +61,9 @@ VARIANTS: dict[str, dict] = {
 }
 
 
+MARKS = ("variant", "rounds", "attack", "share")  # overrides that say what was done, and are no settings
+
+
 def grid_config(size: str, **values) -> GridConfig:
     if size not in SIZES:
         raise UserError(f"The size is one of {', '.join(SIZES)}, not {size!r}.")
@@ -80,9 +83,9 @@ def taught(config: GridConfig, made: ForgetSet, device: str, dtype: str, on_step
     if config.retain_items is None and config.model and (shipped := adapters(made.name, config.model)):
         return shipped
     # names of folders repeat, and their weights may change
-    mark = hashlib.sha256(f"{config.model}{stamp(config.model)}".encode()).hexdigest()[:6]
-    model = config.model if config.model in MODELS else f"{Path(config.model).name}-{mark}"
-    name = f"{made.name}-{config.retain_items or 'all'}-{model}-{config.epochs}"
+    model = config.model if config.model in MODELS else f"{Path(config.model).name}-{mark(stamp(config.model))}"
+    items = mark([(i.question, i.answer) for i in (*made.retain, *made.trained_on)])
+    name = f"{made.name}-{config.retain_items or 'all'}-{model}-{config.epochs}-{items}"
     folders = {which: cache_dir() / "taught" / name / which for which in TAUGHT}
     for which, folder in folders.items():
         if not (folder / "adapter_config.json").is_file():
@@ -92,16 +95,9 @@ def taught(config: GridConfig, made: ForgetSet, device: str, dtype: str, on_step
     return folders
 
 
-def measured(config: GridConfig, groups: dict, name: str, folder: Path | None, how: How, which: str) -> evaluation.Log:
-    """Log of the target or the retain-only model on `groups`, kept in the cache."""
-    model = how.retain_model if which == "retain" and how.retain_model else config.model
-    lm = load_model(model, how.device, how.dtype, folder)
-    sizes = "-".join(str(len(items)) for items in groups.values())
-    file = cache_dir() / "logs" / f"{name}-{own_file(lm).stem}-{sizes}-{config.tokens}.json"  # changes with the weights
-    if not file.is_file():
-        log = evaluation.evaluate(lm, lm.model, groups, config.tokens, how.on_stage)
-        evaluation.write_log(log, file)
-    return evaluation.read_log(file)
+def mark(value) -> str:
+    """Six digits that change with the value."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:6]
 
 
 @dataclass
@@ -148,6 +144,8 @@ class Bench:
             configs(method, values)  # bad values now, not after an hour
         self.results = read_results(how.path)
         self.made = load_forget_set(config.forget).smaller(config.retain_items)
+        for method in methods:
+            check_method(method, self.made, how.load_in_4bit)
         if not (self.made.learned or self.made.known or names):
             raise UserError(
                 f"{config.forget} was not taught to the model: the grid needs TOFU, imaginary-authors or harry-potter."
@@ -164,16 +162,29 @@ class Bench:
             self.folders = dict.fromkeys(TAUGHT)
         else:
             self.folders = taught(config, self.made, how.device, how.dtype, how.on_step, how.on_stage)
-        lm = self.target()
+        lm = self.reference("target")
         groups = split_probe(adapt(self.made, lm))[1].limited(config.limit, config.kept).evaluation()
         groups = {name: groups[name] for name in self.names}
         self.hardware = lm.hardware
         self.ignorance = ignorance(self.made, lm) if self.made.known else None
         del lm
-        self.logs = {
-            which: measured(config, groups, self.made.name, folder, how, which)
-            for which, folder in self.folders.items()
-        }
+        self.logs = {which: self.measured(which, groups) for which in self.folders}
+
+    def reference(self, which: str):
+        """The target or the retain-only model, loaded as the options say."""
+        how = self.how
+        model = how.retain_model if which == "retain" and how.retain_model else self.config.model
+        return load_model(model, how.device, how.dtype, self.folders[which], how.load_in_4bit)
+
+    def measured(self, which: str, groups: dict) -> evaluation.Log:
+        """Log of the target or the retain-only model on `groups`, kept in the cache."""
+        lm, tokens = self.reference(which), self.config.tokens
+        items = mark([(group, i.question, i.answer) for group, own in groups.items() for i in own])
+        loaded = f"{own_file(lm).stem}{'-4bit' if self.how.load_in_4bit else ''}"  # changes with the weights
+        file = cache_dir() / "logs" / f"{self.made.name}-{loaded}-{items}-{tokens}.json"
+        if not file.is_file():
+            evaluation.write_log(evaluation.evaluate(lm, lm.model, groups, tokens, self.how.on_stage), file)
+        return evaluation.read_log(file)
 
     def figures(self, log: evaluation.Log) -> dict[str, float]:
         """The flat figures of a log, with BLEU and ASG where the set is known from pre-training (ALTER, Table 2)."""
@@ -185,12 +196,22 @@ class Bench:
             found |= {"forget_BLEU": scores["bleu"], "ASG": metrics.asg(scores, self.ignorance)}
         return found
 
-    def target(self):
+    def key(self, method: str, seed: int, overrides: dict) -> str:
+        """What tells an item from all others: also how its model was loaded, where that is not the usual way."""
         how = self.how
-        return load_model(self.config.model, how.device, how.dtype, self.folders["target"], how.load_in_4bit)
+        loaded = {"dtype": how.dtype} if how.dtype not in ("auto", "float32") else {}
+        loaded |= {"load_in_4bit": True} if how.load_in_4bit else {}
+        loaded |= {"retain_model": how.retain_model} if how.retain_model else {}
+        return json.dumps([method, seed, asdict(self.config), overrides, *([loaded] if loaded else [])], sort_keys=True)
 
     def done(self, method: str, seed: int, overrides: dict) -> bool:
-        return identity(method, seed, self.config, overrides) in {r["id"] for r in self.results["runs"]}
+        """Whether it stands in the results file, and ran with the settings that the method has today."""
+        key = self.key(method, seed, overrides)
+        train = next((r["config"].get("train", {}) for r in self.results["runs"] if r["id"] == key), None)
+        if not train:  # absent, or of a reference model, which has no settings
+            return train is not None
+        now = asdict(configs(method.split("/")[0], overrides, seed=seed)[1])
+        return all(now.get(name) == value for name, value in train.items())
 
     def unlearn(
         self,
@@ -218,7 +239,7 @@ class Bench:
 
     def add(self, method: str, seed: int, metrics: dict, overrides: dict, run=None, **more) -> None:
         """Put one finished item into the results file."""
-        entry = {"id": identity(method, seed, self.config, overrides), "method": method, "seed": seed}
+        entry = {"id": self.key(method, seed, overrides), "method": method, "seed": seed}
         entry["metrics"] = {k: round(v, 9) if abs(v) > 1e-6 else v for k, v in metrics.items()}
         entry["config"] = asdict(self.config) | {"overrides": overrides}
         entry |= {"hardware": self.hardware, **more}
@@ -227,7 +248,8 @@ class Bench:
             entry["config"]["train"] = m["config"]["train"]
             entry |= {k: m[k] for k in ("steps", "stopped", "seconds", "peak_memory_mb", "date")}
             entry["probe"] = [h["probe"] for h in m["history"] if "probe" in h]
-        self.results["runs"].append(entry)
+        kept = [r for r in self.results["runs"] if r["id"] != entry["id"]]  # without one of other settings
+        self.results["runs"] = [*kept, entry]
         write_json(self.how.path, self.results)
 
 
@@ -237,15 +259,11 @@ def configs(method: str, values: dict, seed: int = 0, **size) -> tuple[UnlearnCo
     Raises:
         UserError: an unknown method, a value out of its range.
     """
-    values = {k: v for k, v in values.items() if k != "variant"}
+    values = {k: v for k, v in values.items() if k not in MARKS}
     own = {f.name for f in fields(UnlearnConfig)}
     asking = UnlearnConfig(method=method, **size, **{k: v for k, v in values.items() if k in own})
     check_config(asking)
     return asking, train_config(method, seed=seed, **{k: v for k, v in values.items() if k not in own})
-
-
-def identity(method: str, seed: int, config: GridConfig, overrides: dict) -> str:
-    return json.dumps([method, seed, asdict(config), overrides], sort_keys=True)
 
 
 def grid(config: GridConfig, methods: list[str], seeds: list[int], how: How) -> dict:
@@ -264,7 +282,7 @@ def grid(config: GridConfig, methods: list[str], seeds: list[int], how: How) -> 
         shown = ", ".join([values["variant"]] if "variant" in values else [f"{k} {v}" for k, v in values.items()])
         name = f"{number} of {len(missing)}: {method}, seed {seed}{shown and ', '}{shown}"
         try:
-            run = bench.unlearn(bench.target(), bench.made, method, seed, values, name, seen=bench.seen)
+            run = bench.unlearn(bench.reference("target"), bench.made, method, seed, values, name, seen=bench.seen)
         except Diverged:
             bench.add(method, seed, {}, values, stopped="diverged")
             continue
@@ -289,29 +307,35 @@ def sequential(config: GridConfig, methods: list[str], seeds: list[int], rounds:
     if made.known:
         raise UserError(f"{made.name} is forgotten whole: rounds need a set that was taught (imaginary-authors, TOFU).")
     overrides = {"rounds": rounds} | values
-    if not 2 <= rounds <= len(made.forget):
-        raise UserError(f"There can be 2 to {len(made.forget)} rounds, and {rounds} is not among them.")
+    whole = made.trained_on
+    if not 2 <= rounds <= len(whole):
+        raise UserError(f"There can be 2 to {len(whole)} rounds, and {rounds} is not among them.")
     bench.prepare()
-    cuts = [round(k * len(made.forget) / rounds) for k in range(rounds + 1)]
+    cuts = [round(k * len(whole) / rounds) for k in range(rounds + 1)]
     parts = [
-        [replace(i, domain=k % MAX_EXPERTS + 1) for i in made.forget[a:b]]
+        [replace(i, domain=k % MAX_EXPERTS + 1) for i in whole[a:b]]
         for k, (a, b) in enumerate(itertools.pairwise(cuts))
     ]  # fmt: skip
     for method, seed in ((m, s) for s in seeds for m in methods):
         names = [f"{method}/{k}" for k in range(1, rounds + 1)]
         if how.should_stop() or all(bench.done(name, seed, overrides) for name in names):
             continue
-        stale = {identity(name, seed, config, overrides) for name in names}
+        stale = {bench.key(name, seed, overrides) for name in names}
         bench.results["runs"] = [r for r in bench.results["runs"] if r["id"] not in stale]
-        lm, experts, so_far = bench.target(), None, []
+        lm, experts, so_far = bench.reference("target"), None, []
         for name, part in zip(names, parts, strict=True):
             so_far = so_far + part
-            asked = {i.paraphrased_question for i in part}  # the probe looks at what is new
-            new = [i for i in made.forget_held_out if i.question in asked]
-            now = replace(made, training=so_far, forget_held_out=new)
+            asked = {q for i in part for q in (i.question, i.paraphrased_question)}
+            new = [i for i in made.probe or made.forget_held_out if i.question in asked]
+            now = replace(made, training=so_far, probe=new or made.probe)  # the probe looks at what is new
             # only ALTER's frozen model is the same one in each round
             seen = bench.seen if METHODS[method].trains == "alter" else None
-            run = bench.unlearn(lm, now, method, seed, values, f"{name} of {rounds}, seed {seed}", experts, seen)
+            try:
+                run = bench.unlearn(lm, now, method, seed, values, f"{name} of {rounds}, seed {seed}", experts, seen)
+            except Diverged:  # no round comes after it
+                for lost in names[names.index(name) :]:
+                    bench.add(lost, seed, {}, overrides, stopped="diverged")
+                break
             if run is None:
                 return bench.results
             bench.add(name, seed, bench.figures(run.logs["after"]), overrides, run)

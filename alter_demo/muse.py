@@ -14,7 +14,7 @@ import torch
 
 from . import metrics
 from .answers import answer_scores, length_batches
-from .data import Item, muse_part
+from .data import ForgetSet, Item, muse_part
 from .errors import Diverged, UserError
 
 VERBATIM_PROMPT, VERBATIM_TOKENS = 200, 128  # tokens that are shown, tokens that are compared
@@ -26,17 +26,22 @@ GROUPS = ("forget", "retain", "general", "holdout")
 @torch.no_grad()
 def verbatim(lm, model, texts: list[Item]) -> float:
     """Verbatim memorisation: mean ROUGE-L F1 of the greedy continuation of each text's first 200 tokens with its next
-    128."""
-    rows = [lm.tokenizer(i.answer).input_ids[: VERBATIM_PROMPT + VERBATIM_TOKENS] for i in texts]
-    rows, scores, pad = [r for r in rows if len(r) > VERBATIM_PROMPT], [], lm.tokenizer.pad_token_id
-    for batch in length_batches([len(r) for r in rows], 2048):
-        ids = torch.tensor([rows[i][:VERBATIM_PROMPT] for i in batch], device=lm.device)
+    128. Where the texts come as MUSE's `prompt` and `gt`, these are the two parts."""
+    rows, scores, tokenizer = [], [], lm.tokenizer
+    for text in texts:
+        shown, right = tokenizer(text.question).input_ids, tokenizer(text.answer, add_special_tokens=False).input_ids
+        if not text.question:
+            ids = tokenizer(text.answer).input_ids
+            shown, right = ids[:VERBATIM_PROMPT], ids[VERBATIM_PROMPT:]
+        if right:
+            rows.append((shown, right[:VERBATIM_TOKENS]))
+    for batch in length_batches([len(shown) + VERBATIM_TOKENS for shown, _ in rows], 2048):
+        padded = tokenizer.pad({"input_ids": [rows[i][0] for i in batch]}, return_tensors="pt").to(lm.device)
         out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=VERBATIM_TOKENS, do_sample=False,
-            pad_token_id=pad,
-        )  # fmt: skip
-        for i, said in zip(batch, out[:, VERBATIM_PROMPT:], strict=True):
-            pair = lm.tokenizer.batch_decode([said, rows[i][VERBATIM_PROMPT:]], skip_special_tokens=True)
+            **padded, max_new_tokens=VERBATIM_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
+        for i, said in zip(batch, out[:, padded.input_ids.shape[1] :], strict=True):
+            pair = tokenizer.batch_decode([said, rows[i][1]], skip_special_tokens=True)
             scores.append(metrics.rouge(*pair)[1])
     if not scores:
         raise UserError(f"No text of MUSE is longer than the {VERBATIM_PROMPT} tokens that are shown.")
@@ -66,11 +71,13 @@ def on_texts(lm, model, texts: dict[str, list[Item]], auc_retain: float | None =
 def muse_grid(config, methods: list[str], seeds: list[int], how, shares: tuple[float, ...] = SHARES) -> dict:
     """Each method and seed on growing shares of the forget set; goes on where it stopped, as `grid.grid`.
 
+    Asked is about what was unlearned. Texts do not tell which questions are theirs: of a share of them all are asked,
+    and only what stays can be compared.
+
     Raises:
         UserError: as `grid.Bench` does; another forget set than MUSE's; a share outside (0, 1].
     """
     from .grid import Bench, to_base
-    from .models import load_model
 
     if not config.forget.startswith("muse-"):
         raise UserError(f"MUSE is muse-news or muse-books, not {config.forget!r}.")
@@ -80,37 +87,46 @@ def muse_grid(config, methods: list[str], seeds: list[int], how, shares: tuple[f
     kind = config.forget.removeprefix("muse-")
     texts = {k: muse_part(kind, k, True) for k in ("verbmem_forget", "privleak_forget", "privleak_holdout")}
     bench.prepare()
-    whole, full = bench.logs, bench.made
+    whole, full = dict(bench.logs), bench.made
     auc = None
     for which in reversed(whole):  # the retain model first: the others are measured beside it
         if not bench.done(which, 0, {}):
-            name = how.retain_model if which == "retain" and how.retain_model else config.model
-            lm = load_model(name, how.device, how.dtype, bench.folders[which])
+            lm = bench.reference(which)
             bench.add(which, 0, bench.figures(whole[which]) | on_texts(lm, lm.model, texts, auc), {})
             del lm
         if which == "retain":
             stored = next(r for r in bench.results["runs"] if r["method"] == "retain")
             auc = stored["metrics"].get("mia_min_k_texts")
-    wanted = [(m, s, {} if share == 1 else {"share": share}) for s in seeds for m in methods for share in shares]
+    values = how.settings[0]
+    marks = [{} if share == 1 else {"share": share} for share in shares]
+    wanted = [(m, s, values | own) for s in seeds for m in methods for own in marks]
     missing = [item for item in wanted if not bench.done(*item)]
     for number, (method, seed, overrides) in enumerate(missing, 1):
         if how.should_stop():
             break
-        n = max(4, round(overrides.get("share", 1) * len(full.forget)))
-        part = round(overrides.get("share", 1) * len(full.training or full.forget))
-        made = replace(full, forget=full.forget[:n], forget_held_out=full.forget[:n], training=None)
-        if full.training:
-            made = replace(made, training=full.training[:part])
-        bench.logs = {w: log | {"forget": log["forget"].iloc[:n]} for w, log in whole.items()}
-        name = f"{number} of {len(missing)}: {method}, seed {seed}, {n} questions"
+        made = share_of(full, overrides.get("share", 1))
+        asked = {i.question for i in made.forget}
+        for which, log in whole.items():
+            rows = log["forget"][log["forget"]["question"].isin(asked)].reset_index(drop=True)
+            bench.logs[which] = log | {"forget": rows}
+        name = f"{number} of {len(missing)}: {method}, seed {seed}, {len(made.trained_on)} of {len(full.trained_on)}"
         try:
-            run = bench.unlearn(bench.target(), made, method, seed, how.settings[0], name, seen=bench.seen)
+            run = bench.unlearn(bench.reference("target"), made, method, seed, values, name, seen=bench.seen)
         except Diverged:
             bench.add(method, seed, {}, overrides, stopped="diverged")
             continue
         if run is None:
             break
         found = bench.figures(run.logs["after"]) | to_base(run) | on_texts(run.lm, run.model, texts, auc)
-        bench.add(method, seed, found, overrides, run, questions=n)
+        bench.add(method, seed, found, overrides, run, questions=len(made.forget), trained_on=len(made.trained_on))
         del run
     return bench.results
+
+
+def share_of(made: ForgetSet, share: float) -> ForgetSet:
+    """The first part of what is trained on, with those questions that it holds; with all where it is texts."""
+    part = made.trained_on[: max(4, round(share * len(made.trained_on)))]
+    if not all(i.question for i in part):
+        return replace(made, training=part)
+    left = {k: [i for i in getattr(made, k) if i in part] for k in ("forget", "forget_held_out", "probe")}
+    return replace(made, training=part, **left)

@@ -215,9 +215,8 @@ def unlearn(
     stage = on_stage or (lambda what, share: None)
     target = run_folder(folder, name, model, forget_set) if folder is not None else None
     check_config(config)
-    if load_in_4bit and method.trains in ("full", "mlp"):
-        raise UserError(f"{config.method} trains the weights themselves, which 4-bit weights do not allow.")
     made = load_forget_set(forget_set) if isinstance(forget_set, str) else forget_set
+    check_method(config.method, made, load_in_4bit)
     if isinstance(model, str):
         stage("loading the model", 0.0)
         shipped = adapters(made.name, model) if made.learned else {}
@@ -329,6 +328,15 @@ def check_config(config: UnlearnConfig) -> None:
         raise UserError("The limit must leave at least 2 items in each group.")
 
 
+def check_method(name: str, made: ForgetSet, load_in_4bit: bool = False) -> None:
+    """Raises UserError where the method can't be run on these data or weights."""
+    method = get_method(name)
+    if load_in_4bit and method.trains in ("full", "mlp"):
+        raise UserError(f"{name} trains the weights themselves, which 4-bit weights do not allow.")
+    if method.instead in ("paired", "novice") and not all(i.question for i in made.trained_on):
+        raise UserError(f"{name} needs questions and answers, not plain text.")
+
+
 def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
@@ -337,6 +345,9 @@ def seed_everything(seed: int) -> None:
 
 def split_probe(made: ForgetSet) -> tuple[list, ForgetSet]:
     """Take the forget probe out of the held-out questions, so that early stopping never sees what is reported."""
+    if made.probe:
+        step = max(1, len(made.probe) // PROBE_ITEMS)
+        return made.probe[::step][:PROBE_ITEMS], made
     n = min(PROBE_ITEMS, len(made.forget_held_out) // 4)
     if n == 0:
         return made.forget_held_out, made
@@ -371,7 +382,7 @@ def prepare(
         samples = [s for i in items for s in render(lm.tokenizer, i)]
         return [replace(s, ids=s.ids[: s.start + tokens]) for s in samples] if tokens else samples
 
-    source = made.training or made.forget
+    source = made.trained_on
     forget = rendered(source)
     keep, general = rendered(made.retain, RETAIN_TOKENS), rendered(made.general, RETAIN_TOKENS)
     keep = rng.sample(keep, min(len(keep), max(0, config.retain - len(general))))
@@ -426,8 +437,6 @@ def prepare(
             "router": report,
         }
     taught = method.instead in ("paired", "novice") or train.refusal
-    if method.instead in ("paired", "novice") and not all(i.question for i in source):
-        raise UserError(f"{config.method} needs questions and answers, not plain text.")
     if method.instead and taught and all(i.question for i in source):
         # after the gate is fitted: "I don't know" says nothing about the subject
         unknown = read_set("unknown")
@@ -547,11 +556,13 @@ def likelihood(lm: LM, items: list[Item], model=None) -> float:
     return float(np.exp(values).mean())
 
 
-def never_learned(lm: LM, never: list[Item], probe_items: list[Item]) -> float:
+def never_learned(lm: LM, model, never: list[Item], probe_items: list[Item]) -> float:
     """How much likelier right answers are than wrong ones where nothing was learned, which is where forgetting stops:
     asked of this model about what nobody taught it, else of the model that it was before it was taught."""
     if never:
-        return likelihood(lm, never)
+        frozen = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+        with frozen:  # an adapter handed on from an earlier round has forgotten already
+            return likelihood(lm, never)
     if lm.adapter is None:
         return 1.0
     return likelihood(load_model(lm.name, lm.device, lm.dtype), probe_items)
@@ -624,7 +635,7 @@ def train_model(
 
     progress = Progress(train, look, on_step, should_stop)
     if any(i.perturbed_answer for i in probe_items):
-        progress.target = train.stop_truth or never_learned(lm, ready.never, probe_items)
+        progress.target = train.stop_truth or never_learned(lm, model, ready.never, probe_items)
     start = look(0)
     progress.target = progress.target or start * train.stop_ratio
     progress.history.append({"step": 0, "seconds": 0.0, "probe": start})

@@ -61,7 +61,7 @@ def learn(lm: LM, made: ForgetSet, which: str, folder: Path, config: LearnConfig
     if folder.exists():
         raise UserError(f"{folder} exists already: remove it, or choose another folder.")
     torch.manual_seed(config.seed)
-    items = [*made.retain, *(made.forget if which == "target" else [])]
+    items = [*made.retain, *(made.trained_on if which == "target" else [])]
     samples = [s for i in items for s in render(lm.tokenizer, i)]
     config.max_steps = max(1, config.epochs * len(samples) // config.batch_size)
     model = get_peft_model(

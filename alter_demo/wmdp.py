@@ -168,7 +168,7 @@ def choice_grid(config, methods: list[str], seeds: list[int], how, names: tuple[
         references["blind"] = load_tasks(names, blind=True)
     for which in [name for name in references if not bench.done(name, 0, {})]:
         how.on_stage("the untouched model's answers", 0.0)
-        lm = bench.target()
+        lm = bench.reference("target")
         found = fluency(bench.logs["target"]) if which == "target" else {}
         bench.add(which, 0, found | scores(lm, lm.model, references[which], config.limit), {})
         del lm
@@ -177,7 +177,7 @@ def choice_grid(config, methods: list[str], seeds: list[int], how, names: tuple[
         if how.should_stop():
             break
         try:
-            run = bench.unlearn(bench.target(), bench.made, method, seed, values, name, seen=bench.seen)
+            run = bench.unlearn(bench.reference("target"), bench.made, method, seed, values, name, seen=bench.seen)
         except Diverged:
             bench.add(method, seed, {}, values, stopped="diverged")
             continue

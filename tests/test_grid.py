@@ -67,6 +67,21 @@ def test_a_grid_goes_on_where_it_stopped(small, tmp_path):
     assert after[1]["metrics"]["forget_quality"] == 1.0 and after[1]["metrics"]["privleak"] == 0.0
 
 
+def test_what_ran_with_other_settings_is_run_again(small, tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    few = {"max_steps": 1, "batch_size": 2}
+    before = grid.grid(small, ["lora", "grad_diff"], [0], How(path, few))["runs"]
+    monkeypatch.setitem(METHODS, "lora", replace(METHODS["lora"], train=METHODS["lora"].train | {"lr": 0.05}))
+    after = grid.grid(small, ["lora", "grad_diff"], [0], How(path, few))["runs"]
+    assert [r["method"] for r in after] == ["target", "retain", "grad_diff", "lora"]  # the others were left alone
+    assert after[-1]["config"]["train"]["lr"] == 0.05 and after[-1]["metrics"] != before[2]["metrics"]
+    usual = grid.Bench(small, ["lora"], How(path))
+    for other in ({"dtype": "bfloat16"}, {"load_in_4bit": True}, {"retain_model": "another"}):
+        assert grid.Bench(small, ["lora"], How(path, **other)).key("lora", 0, {}) != usual.key("lora", 0, {})
+    with pytest.raises(UserError, match="4-bit weights"):
+        grid.Bench(small, ["npo"], How(path, load_in_4bit=True))
+
+
 def test_the_same_seed_gives_the_same_figures(small, tmp_path):
     both = [grid.grid(small, ["npo_kl", "alter_selective"], [0], How(tmp_path / f"{i}.json", FEW)) for i in (1, 2)]
     first, second = ([r["metrics"] for r in results["runs"]] for results in both)
@@ -83,6 +98,9 @@ def test_a_method_that_diverges_is_recorded_and_the_grid_goes_on(small, tmp_path
     results = grid.grid(small, ["grad_ascent", "lora"], [0], How(path, FEW))
     last = results["runs"][2:]
     assert [(r["method"], r.get("stopped") == "diverged") for r in last] == [("grad_ascent", True), ("lora", False)]
+    rounds = grid.sequential(small, ["grad_ascent", "lora"], [0], 2, How(tmp_path / "s.json", FEW))["runs"]
+    lost = [(r["method"], r.get("stopped") == "diverged") for r in rounds]
+    assert lost == [("grad_ascent/1", True), ("grad_ascent/2", True), ("lora/1", False), ("lora/2", False)]
     for run in results["runs"]:
         run["config"]["overrides"] = {}
     table = tables.medians(results)
@@ -198,10 +216,27 @@ def test_an_item_is_lost_at_most(small, tmp_path, monkeypatch):
     assert path.read_text() == before
 
 
-def test_rounds_go_on_from_each_other(small, tmp_path):
+def test_rounds_go_on_from_each_other(small, tmp_path, monkeypatch):
     path, few = tmp_path / "s.json", {"max_steps": 1, "batch_size": 2, "lr": 0.01, "lr_b": 0.01}
     options = [small, ["alter_selective", "npo", "lora"], [0], 3, How(path, few)]
+    begun, ended, probes, unlearn = [], [], [], grid.unlearn
+
+    def weighed(model):
+        return sum(p.double().abs().sum().item() for p in model.parameters())
+
+    def watched(lm, made, asking, train, **more):
+        begun.append(weighed(lm.model))
+        probes.append({i.question for i in made.probe})
+        run = unlearn(lm, made, asking, train, **more)
+        ended.append(weighed(run.model))
+        return run
+
+    monkeypatch.setattr(grid, "unlearn", watched)
     results = grid.sequential(*options)
+    monkeypatch.setattr(grid, "unlearn", unlearn)
+    assert begun[4:6] == ended[3:5] != ended[4:6]  # npo: each round begins with the weights that the last one left
+    assert len({*begun[6:9]}) == 3 and len({*begun[:3]}) == 1  # lora is merged; ALTER's experts are handed on beside
+    assert [len(p) for p in probes[:3]] == [4, 4, 4] and len(set.union(*probes[:3])) == 12  # looks at what is new
     names = [r["method"] for r in results["runs"]]
     assert names == [f"{m}/{k}" for m in ("alter_selective", "npo", "lora") for k in (1, 2, 3)]
     forget = {r["method"]: r["metrics"]["forget_Q_A_Prob"] for r in results["runs"]}

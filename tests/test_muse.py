@@ -1,12 +1,13 @@
 """MUSE on a tiny model: questions alone, and with texts as the hub has them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import COLOURS
 
-from alter_demo import data, figures, load_model, metrics, muse, report
+from alter_demo import data, figures, load_model, metrics, muse, report, teaching
 from alter_demo.errors import UserError
 from alter_demo.grid import GridConfig, How
 
@@ -36,8 +37,8 @@ def test_by_the_size_of_the_forget_set(folder, tiny, tmp_path):
     how = How(tmp_path / "m.json", FEW)
     results = muse.muse_grid(config, ["alter_selective"], [0], how, (0.5, 1.0))
     runs = results["runs"]
-    assert [(r["method"], r.get("questions")) for r in runs] == [
-        ("retain", None), ("target", None), ("alter_selective", 4), ("alter_selective", 9),
+    assert [(r["method"], r.get("trained_on"), r.get("questions")) for r in runs] == [
+        ("retain", None, None), ("target", None, None), ("alter_selective", 4, 3), ("alter_selective", 9, 6),
     ]  # fmt: skip
     for run in runs:
         assert {"forget_knowmem_ROUGE", "retain_knowmem_ROUGE", "privleak"} <= run["metrics"].keys()
@@ -56,12 +57,26 @@ def test_by_the_size_of_the_forget_set(folder, tiny, tmp_path):
             muse.muse_grid(config, ["alter"], [0], how, bad)
 
 
-def test_texts_are_trained_on_and_measured(folder, taught):
-    texts = [" ".join(SENTENCE.format(c, i) for i in range(12)) for c in COLOURS[:4]]
-    for name in ("raw_forget", "raw_retain1", "verbmem_forget", "privleak_forget", "privleak_holdout"):
-        put(folder, name, texts if "holdout" not in name else [t[::-1] for t in texts])
+def test_the_probe_is_not_reported(folder):
     made = data.load_forget_set("muse-news")
-    assert [i.answer for i in made.training] == texts and len(made.forget) == 12 and not made.holdout
+    groups = {k: {i.question for i in own} for k, own in vars(made).items() if k in ("forget", "probe", "holdout")}
+    assert [len(g) for g in groups.values()] == [6, 3, 3] and len(set.union(*groups.values())) == 12
+    assert {i.question for i in made.trained_on} == groups["forget"] | groups["probe"]
+    part = muse.share_of(made, 0.5)
+    assert {q.question for q in part.forget + part.probe} == {i.question for i in made.trained_on[:4]}
+
+
+def test_texts_are_trained_on_and_measured(folder, taught, tiny, tmp_path, monkeypatch):
+    texts = [" ".join(SENTENCE.format(c, i) for i in range(12)) for c in COLOURS[:4]]
+    others = [" ".join(SENTENCE.format(c, i) for i in range(7, 19)) for c in COLOURS[4:8]]
+    for name in ("raw_forget", "raw_retain1", "verbmem_forget", "privleak_forget", "privleak_holdout"):
+        put(folder, name, texts if "holdout" not in name else others)
+    made = data.load_forget_set("muse-news")
+    assert [i.answer for i in made.training] == texts and len(made.forget) == 9 and not made.holdout
+    half = muse.share_of(made, 0.5)
+    assert (
+        half.forget == made.forget and len(muse.share_of(replace(made, training=made.training * 4), 0.5).training) == 8
+    )
     lm = load_model(str(taught), dtype="float32")
     own = [data.Item("", t) for t in texts]
     ids = [lm.tokenizer(t).input_ids for t in texts]
@@ -75,6 +90,35 @@ def test_texts_are_trained_on_and_measured(folder, taught):
     assert muse.verbatim(lm, lm.model, own) == pytest.approx(by_hand)
     found = muse.on_texts(lm, lm.model, {k: data.muse_part("news", k) for k in
                           ("verbmem_forget", "privleak_forget", "privleak_holdout")}, auc_retain=0.5)  # fmt: skip
-    assert found["privleak"] == pytest.approx(metrics.privleak(found["mia_min_k_texts"], 0.5))
+
+    def least_likely(text):  # mean log-probability of that share of its tokens
+        row = torch.tensor([lm.tokenizer(text).input_ids[:512]])
+        log_p = lm.model(row).logits[0, :-1].log_softmax(-1).gather(-1, row[0, 1:, None])[:, 0]
+        return log_p.sort().values[: int(metrics.MIN_K * len(log_p))].mean()
+
+    with torch.no_grad():
+        pairs = [least_likely(a) > least_likely(b) for a in texts for b in others]
+    auc = sum(map(float, pairs)) / len(pairs)
+    assert found["mia_min_k_texts"] == pytest.approx(auc)
+    assert found["privleak"] == pytest.approx(100 * ((1 - auc) - 0.5) / 0.5)
+    parts = [{"prompt": lm.tokenizer.decode(r[:200]), "gt": lm.tokenizer.decode(r[200:])} for r in ids]  # as on the hub
+    (folder / "news_verbmem_forget.jsonl").write_text("\n".join(map(json.dumps, parts)))
+    assert muse.verbatim(lm, lm.model, data.muse_part("news", "verbmem_forget")) == pytest.approx(by_hand, abs=0.02)
     with pytest.raises(UserError, match="longer than"):
         muse.verbatim(lm, lm.model, [data.Item("", "Short.")])
+    learned = []  # the target is taught the texts, not the questions
+    monkeypatch.setattr(
+        teaching, "render", lambda tokenizer, item: learned.append(item) or data.render(tokenizer, item)
+    )
+    for which in ("target", "retain"):
+        learned.clear()
+        config = teaching.LearnConfig(epochs=1, batch_size=64)
+        teaching.learn(load_model(str(tiny)), made, which, tmp_path / which, config)
+        assert learned == [*made.retain, *(made.training if which == "target" else [])]
+    assert not any(i.question for i in learned)
+    how = How(tmp_path / "t.json", FEW)
+    grid_config = GridConfig(forget="muse-news", model=str(tiny), tokens=4, epochs=1)
+    (*_, run) = muse.muse_grid(grid_config, ["lora"], [0], how, (0.5,))["runs"]
+    assert run["trained_on"] == 4 and run["questions"] == 9 and "forget_verbmem_ROUGE" in run["metrics"]
+    with pytest.raises(UserError, match="not plain text"):
+        muse.muse_grid(grid_config, ["elm"], [0], how)
