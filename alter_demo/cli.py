@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"alter_demo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("alter_demo: interrupted, nothing was written.", file=sys.stderr)
+        kept = "finished items are kept" if "results" in args else "nothing was written"
+        print(f"alter_demo: interrupted, {kept}.", file=sys.stderr)
         return 130
     except MemoryError:
         print("alter_demo: out of memory: use a smaller model or batch size.", file=sys.stderr)
@@ -83,7 +84,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--experts", type=int, help="forgetting experts, 1 to 8 (default: found by clustering)")
     sub.add_argument("--q", type=float, default=1.5, help="order of the Tsallis entropy")
     sub.add_argument("--threshold", help='S_q above which a token is uncertain: a number or "auto"')
-    sub.add_argument("--stop-ratio", type=float, help="stop at this share of the probe's first probability")
+    sub.add_argument(
+        "--stop-ratio",
+        type=float,
+        help="stop at this share of the probe's first probability (where there are wrong answers: when right ones are "
+        "no likelier)",
+    )
     sub.add_argument("--limit", type=int, default=64, help="evaluation items per group, 0: all")
     sub.add_argument("--seed", type=int, default=0, help="random seed")
     sub.add_argument("--load-in-4bit", action="store_true", help="4-bit base, needs bitsandbytes")
@@ -127,7 +133,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--rounds", type=int, help="forget the set in so many rounds, each from the last (sequential)")
     sub.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE[,VALUE...]", help="TrainConfig values to try")
     sub.add_argument("--retain-model", help=RETAIN_MODEL)
-    sub.add_argument("--results", type=Path, default=Path("assets/results/tofu.json"), help="results file")
+    sub.add_argument(
+        "--results", type=Path, help="results file (default: assets/results/tofu.json, or FORGET[-rounds].json)"
+    )
 
     sub = command("attack", do_attack, "Unlearn, then try to get it back: prompts, samples, rounding, relearning.")
     model_options(sub)
@@ -314,6 +322,9 @@ def do_tofu(args) -> None:
     from .methods import METHODS
 
     methods = list(METHODS) if args.methods == ["all"] else args.methods
+    names = {"tofu-forget01": "tofu", "harry-potter": "harry-potter-methods"}  # harry-potter: the run of `example`
+    name = names.get(args.forget, Path(args.forget).stem)
+    args.results = args.results or Path(f"assets/results/{name}{'-rounds' if args.rounds else ''}.json")
     config = grid_of(args)
     with Bars() as bars:
         how, rounds = how_of(args, bars, settings(args.set)), args.rounds

@@ -115,6 +115,12 @@ class How:
     retain_model: str | None = None  # that never saw the forget set, beside a model that has learned it already
 
     @property
+    def loaded(self) -> dict:
+        """How the models were loaded, where that is not the usual way."""
+        found = {"dtype": self.dtype, "load_in_4bit": self.load_in_4bit, "retain_model": self.retain_model}
+        return {k: v for k, v in found.items() if v and v not in ("auto", "float32")}
+
+    @property
     def settings(self) -> list[dict]:
         """One dict for each combination of the values in `overrides`; its runs stand beside the others.
 
@@ -198,11 +204,8 @@ class Bench:
 
     def key(self, method: str, seed: int, overrides: dict) -> str:
         """What tells an item from all others: also how its model was loaded, where that is not the usual way."""
-        how = self.how
-        loaded = {"dtype": how.dtype} if how.dtype not in ("auto", "float32") else {}
-        loaded |= {"load_in_4bit": True} if how.load_in_4bit else {}
-        loaded |= {"retain_model": how.retain_model} if how.retain_model else {}
-        return json.dumps([method, seed, asdict(self.config), overrides, *([loaded] if loaded else [])], sort_keys=True)
+        loaded = [self.how.loaded] if self.how.loaded else []
+        return json.dumps([method, seed, asdict(self.config), overrides, *loaded], sort_keys=True)
 
     def done(self, method: str, seed: int, overrides: dict) -> bool:
         """Whether it stands in the results file, and ran with the settings that the method has today."""
@@ -242,10 +245,12 @@ class Bench:
         entry = {"id": self.key(method, seed, overrides), "method": method, "seed": seed}
         entry["metrics"] = {k: round(v, 9) if abs(v) > 1e-6 else v for k, v in metrics.items()}
         entry["config"] = asdict(self.config) | {"overrides": overrides}
+        entry["config"] |= {"loaded": self.how.loaded} if self.how.loaded else {}
+        if (name := method.split("/")[0]) in METHODS:
+            entry["config"]["train"] = asdict(configs(name, overrides, seed=seed)[1])
         entry |= {"hardware": self.hardware, **more}
         if run is not None:
             m = run.metrics
-            entry["config"]["train"] = m["config"]["train"]
             entry |= {k: m[k] for k in ("steps", "stopped", "seconds", "peak_memory_mb", "date")}
             entry["probe"] = [h["probe"] for h in m["history"] if "probe" in h]
         kept = [r for r in self.results["runs"] if r["id"] != entry["id"]]  # without one of other settings

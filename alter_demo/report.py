@@ -19,7 +19,7 @@ import pandas as pd
 from . import figures, tables
 from .data import EXAMPLE
 from .errors import UserError
-from .results import REFERENCES, SIZES, read_results
+from .results import REFERENCES, SIZES, TASKS, read_results
 
 
 @dataclass(frozen=True)
@@ -52,25 +52,46 @@ def is_choice(results: dict) -> bool:
     return any("forget_acc" in run["metrics"] for run in results["runs"])
 
 
-def size_of(results: dict) -> list[str]:
+def loaded_as(results: dict) -> list[str]:
+    """Options that say which model the results are of, and how it was loaded, where they are not the usual ones."""
     asked = results["runs"][0]["config"]
-    size = next((k for k, v in SIZES.items() if v and all(asked.get(x) == v[x] for x in ("limit", "kept"))), "cpu")
-    return [] if size == "cpu" or asked["forget"].startswith("muse-") else ["--size", size]
+    found = [] if asked["model"] == "smollm2-135m" else ["--model", asked["model"]]
+    for name, value in (asked.get("loaded") or {}).items():
+        found += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
+    return found
+
+
+def size_of(results: dict, default: str = "cpu") -> list[str]:
+    asked = results["runs"][0]["config"]
+    tokens = asked.get("tokens")
+    size = next((k for k, v in SIZES.items() if tokens == v.get("tokens", 200)), default)
+    found = [] if size == default else ["--size", size]
+    return found if asked.get("limit") == SIZES[size].get("limit") else [*found, "--limit", str(asked["limit"])]
 
 
 def rivals(results: dict) -> list[dict]:
     return [run for run in results["runs"] if run["method"] not in REFERENCES]
 
 
-def plainly(command: str) -> Callable[[dict], list[str]]:
+def plainly(command: str, results: dict, more: list[str]) -> list[str]:
     """The command with forget set, methods and seeds as the runs have them."""
+    seeds, methods = ({str(run[k]): None for run in rivals(results)} for k in ("seed", "method"))
+    forget = results["runs"][0]["config"]["forget"]
+    parts = [command, "--forget", forget, "--methods", *methods, "--seeds", *seeds, *loaded_as(results), *more]
+    return [" ".join(parts)]
 
-    def of(results: dict) -> list[str]:
-        seeds, methods = ({str(run[k]): None for run in rivals(results)} for k in ("seed", "method"))
-        forget = results["runs"][0]["config"]["forget"]
-        return [f"{command} --forget {forget} --methods {' '.join(methods)} --seeds {' '.join(seeds)}"]
 
-    return of
+def attack_commands(results: dict) -> list[str]:
+    asked = tables.attack_runs(results)[0]["config"]["overrides"]["attack"]["items"]
+    return plainly("python -m alter_demo attack", results, [*size_of(results), "--items", str(asked)])
+
+
+def choice_commands(results: dict) -> list[str]:
+    asked = results["runs"][0]["config"]
+    scored = [k.removesuffix("_acc") for k in results["runs"][0]["metrics"] if k.endswith("_acc")][:-2]
+    more = [] if asked["limit"] is None else ["--limit", str(asked["limit"])]
+    more += [] if tuple(scored) == TASKS[asked["forget"]] else ["--tasks", *scored]
+    return plainly("python -m alter_demo wmdp", results, more)
 
 
 def grid_commands(results: dict) -> list[str]:
@@ -86,8 +107,9 @@ def grid_commands(results: dict) -> list[str]:
     for values in [v for k, v in enumerate(tried.values()) if v not in list(tried.values())[:k]]:
         rounds = values.get("rounds", [])
         listed = [f"{k}={','.join(map(tables.plain, v))}" for k, v in values.items() if k != "rounds"]
-        command = "muse" if forget.startswith("muse-") else "tofu"
-        parts = [f"python -m alter_demo {command} --forget", forget, *size_of(results)]
+        muse = forget.startswith("muse-")
+        parts = [f"python -m alter_demo {'muse' if muse else 'tofu'} --forget", forget]
+        parts += loaded_as(results) + ([] if muse else size_of(results))
         parts += ["--methods", *(key[0] for key, v in tried.items() if v == values), "--seeds", *seeds]
         parts += [f"--rounds {rounds[0]}"] if rounds else []
         parts += ["--set", *listed] if listed else []
@@ -99,8 +121,8 @@ def ablation_commands(results: dict) -> list[str]:
     own = rivals(results)
     seeds = " ".join(dict.fromkeys(str(run["seed"]) for run in own))
     forget, method = own[0]["config"]["forget"], own[0]["method"]
-    size = " ".join(size_of(results) or ["--size", "cpu"])
-    return [f"python -m alter_demo ablation --forget {forget} {size} --method {method} --seeds {seeds}"]
+    parts = ["--method", method, "--seeds", seeds, *loaded_as(results), *size_of(results, "tune")]
+    return [f"python -m alter_demo ablation --forget {forget} {' '.join(parts)}"]
 
 
 def heterogeneity_commands(results: dict) -> list[str]:
@@ -123,7 +145,7 @@ KINDS: dict[str, Kind] = {
     ),
     "attacks": Kind(
         overridden("attack"), lambda r: tables.attacked(r).reset_index(), tables.attacks_markdown,
-        plainly("python -m alter_demo attack"), {"relearning": figures.relearning},
+        attack_commands, {"relearning": figures.relearning},
         "ROUGE-L of what each attack brings back (the right answer scores 1).",
     ),
     "ablation": Kind(
@@ -132,7 +154,7 @@ KINDS: dict[str, Kind] = {
     ),
     "choice": Kind(
         is_choice, lambda r: tables.accuracies(r).reset_index(), tables.choice_markdown,
-        plainly("python -m alter_demo wmdp"),
+        choice_commands,
         said="Percent of multiple-choice questions answered rightly. *school*: subjects written for this project, in "
         "place of WMDP.",
     ),

@@ -9,6 +9,12 @@ from .errors import UserError
 
 TAUGHT = ("target", "retain")  # the model that has learned everything, and the one that never saw the forget set
 REFERENCES = (*TAUGHT, "blind")  # rows beside which all others are put; blind: the target, without the question
+# forget set -> its multiple-choice tasks, that which is to be forgotten first
+TASKS: dict[str, tuple[str, ...]] = {
+    "school": ("school_astronomy", "school_biology", "school_geography", "school_history", "school_arts"),
+    "wmdp-bio": ("wmdp_bio", "wmdp_cyber", "wmdp_chem", "mmlu"),
+    "wmdp-cyber": ("wmdp_cyber", "wmdp_bio", "wmdp_chem", "mmlu"),
+}
 SIZES = {
     "cpu": {"retain_items": 200, "limit": 40, "kept": 20, "tokens": 64},
     "tune": {"retain_items": 200, "limit": 24, "kept": 12, "tokens": 32},  # to choose settings by, in half the time

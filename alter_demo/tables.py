@@ -84,13 +84,22 @@ def medians(results: dict) -> pd.DataFrame:
     ]
     if not rows:
         raise UserError("The results file holds no runs yet.")
-    asked = {json.dumps({k: run["config"].get(k) for k in ASKED}) for run in results["runs"]}
-    if len(asked) > 1:
-        raise UserError("The results file mixes different data, models or sizes: one file for each (--results).")
+    same_sizes(results)
     numbers = dict.fromkeys((*SHOWN, "seconds", "MB"), float)  # absent: NaN
     table = pd.DataFrame(rows).astype(numbers).groupby("method", sort=False)
     counts, lost = table["seed"].nunique(), table["diverged"].sum()
     return table.median(numeric_only=True).drop(columns="seed").assign(seeds=counts, diverged=lost)
+
+
+def same_sizes(results: dict, more: str = "") -> None:
+    """Raises UserError unless all runs were asked the same (and have one value of the override `more`): a median of
+    different things is none."""
+    asked = {
+        json.dumps([{k: run["config"].get(k) for k in ASKED}, (run["config"].get("overrides") or {}).get(more)])
+        for run in results["runs"]
+    }
+    if len(asked) > 1:
+        raise UserError("The results file mixes different data, models or sizes: one file for each (--results).")
 
 
 def named_medians(results: dict) -> pd.DataFrame:
@@ -168,16 +177,26 @@ def tried(results: dict) -> pd.DataFrame:
     Raises:
         UserError: no run of the file has settings of its own.
     """
+    runs = [r for r in results["runs"] if r["config"].get("overrides")]
+    names: dict[str, dict] = {}  # method -> what was tried on it; all of it is told of each run
+    for r in runs:
+        names.setdefault(r["method"], {}).update(dict.fromkeys(r["config"]["overrides"]))
     rows = [
-        {"method": r["method"], "setting": json.dumps(own, sort_keys=True), "seed": r["seed"], "steps": r.get("steps"),
-         **{k: r["metrics"].get(k) for k in ("forget_quality", "model_utility")}}
-        for r in results["runs"] if (own := r["config"].get("overrides"))
+        {"method": r["method"], "setting": json.dumps(setting(r, names[r["method"]]), sort_keys=True),
+         "steps": r.get("steps"), "diverged": r.get("stopped") == "diverged",
+         **{k: r["metrics"].get(k) for k in ("forget_quality", "model_utility")}} for r in runs
     ]  # fmt: skip
     if not rows:
         raise UserError("The results file holds no settings that were tried: tofu --set lr=1e-5,1e-4 makes some.")
     numbers = dict.fromkeys(("forget_quality", "model_utility", "steps"), float)
     table = pd.DataFrame(rows).astype(numbers).groupby(["method", "setting"], sort=False).median(numeric_only=True)
     return table.assign(score=table["forget_quality"] * table["model_utility"])
+
+
+def setting(run: dict, names) -> dict:
+    """What `run` ran with, of the settings in `names`: also those that it took from its method."""
+    known = run["config"].get("train", {}) | run["config"]["overrides"]
+    return {k: known[k] for k in names if k in known}
 
 
 def chosen_settings(results: dict) -> dict[str, dict]:
@@ -196,7 +215,7 @@ def tuning_markdown(results: dict) -> str:
             values = json.loads(setting)
             name = ", ".join(f"{k} {plain(v)}" for k, v in values.items())
             figures = (
-                "diverged" if pd.isna(row["score"]) else f"{row['forget_quality']:.2g} / {row['model_utility']:.3f}"
+                missing(row) if pd.isna(row["score"]) else f"{row['forget_quality']:.2g} / {row['model_utility']:.3f}"
             )
             cells.append(f"**{name}: {figures}**" if values == chosen[method] else f"{name}: {figures}")
         rows.append([method, "; ".join(cells)])
@@ -208,6 +227,7 @@ def rounds(results: dict) -> pd.DataFrame:
     runs = [r for r in results["runs"] if "/" in r["method"]]
     if not runs:
         raise UserError("The results file holds no rounds: tofu --rounds makes some.")
+    same_sizes({"runs": runs}, "rounds")
     table = pd.DataFrame(r["metrics"] for r in runs)
     table = table[[k for k in ROUNDS if k in table]].rename(columns=SHOWN)
     methods, numbers = zip(*(r["method"].split("/") for r in runs), strict=True)
@@ -266,19 +286,27 @@ def ablated(results: dict) -> pd.DataFrame:
     """
     rows = [
         {"variant": r["config"]["overrides"]["variant"], **{SHOWN[k]: r["metrics"].get(k) for k in ABLATED},
-         "steps": r.get("steps"), "seconds": r.get("seconds", {}).get("unlearn")}
+         "steps": r.get("steps"), "seconds": r.get("seconds", {}).get("unlearn"),
+         "diverged": r.get("stopped") == "diverged"}
         for r in variants(results)
     ]  # fmt: skip
     if not rows:
         raise UserError("The results file holds no variants: python -m alter_demo ablation makes some.")
+    same_sizes(results)
     table = pd.DataFrame(rows)
     return table.astype({k: float for k in table if k != "variant"}).groupby("variant", sort=False).median()
 
 
 def ablation_markdown(results: dict) -> str:
     table = ablated(results)
-    rows = [[name, *("diverged" if pd.isna(v) else f"{v:.3g}" for v in row)] for name, row in table.iterrows()]
-    return f"{pipes(['variant', *table.columns], rows)}\n\n{hardware(results)}."
+    shown = [k for k in table if k != "diverged"]
+    rows = [[name, *(missing(r) if pd.isna(r[k]) else f"{r[k]:.3g}" for k in shown)] for name, r in table.iterrows()]
+    return f"{pipes(['variant', *shown], rows)}\n\n{hardware(results)}."
+
+
+def missing(row) -> str:
+    """What stands for a figure that is not there."""
+    return "diverged" if row["diverged"] else "none"
 
 
 def attack_runs(results: dict) -> list[dict]:
@@ -297,6 +325,7 @@ def attacked(results: dict) -> pd.DataFrame:
     ]  # fmt: skip
     if not rows:
         raise UserError("The results file holds no attacks: python -m alter_demo attack makes some.")
+    same_sizes({"runs": attack_runs(results)}, "attack")
     table = pd.DataFrame(rows).astype(dict.fromkeys(ATTACKS, float)).groupby("method", sort=False)
     return table.median(numeric_only=True).drop(columns="seed").assign(seeds=table["seed"].nunique())
 

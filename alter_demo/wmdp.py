@@ -18,14 +18,8 @@ from tqdm import tqdm
 from .data import read_set
 from .errors import Diverged, UserError
 from .evaluate import group_figures
+from .results import TASKS
 
-HUB_TASKS = ("wmdp_bio", "wmdp_cyber", "wmdp_chem", "mmlu")
-# forget set -> its tasks, that which is to be forgotten first
-TASKS: dict[str, tuple[str, ...]] = {
-    "school": ("school_astronomy", "school_biology", "school_geography", "school_history", "school_arts"),
-    "wmdp-bio": HUB_TASKS,
-    "wmdp-cyber": ("wmdp_cyber", "wmdp_bio", *HUB_TASKS[2:]),
-}
 BATCH = 16
 
 

@@ -83,15 +83,18 @@ def test_what_comes_back_and_what_does_not(runs_of):
 def test_the_report_shows_every_attack(runs_of):
     run, made = runs_of("alter_selective")
     found = attacks.attack(run, made, replace(FEW, steps=(0, 10)))
-    entry = {"id": "1", "method": "alter_selective", "seed": 0, "metrics": attacks.flat(found), "hardware": "a CPU",
-             "config": {"forget": "own", "overrides": {"attack": {}}}, "leaks": attacks.leaks(found)}  # fmt: skip
+    asked = {"forget": "own", "model": "smollm2-135m", "limit": 40, "kept": 20, "tokens": 64}
+    entry = {
+        "id": "1", "method": "alter_selective", "seed": 0, "metrics": attacks.flat(found), "hardware": "a CPU",
+        "config": asked | {"overrides": {"attack": {"items": 4}}}, "leaks": attacks.leaks(found),
+    }  # fmt: skip
     results = {"runs": [entry, entry | {"method": "npo", "seed": 1}]}
     table = tables.attacked(results)
     assert table.loc["alter_selective"].notna().all() and table.shape == (2, len(tables.ATTACKS) + 1)
     assert report.table_of(results).count("\n") == 5 and not report.is_tuning(results)
     assert [list(line.x) for line in figures.relearning(results).data] == [[0, 10], [0, 10]]
     (command,) = report.commands_of(results, "a")
-    assert "attack --forget own --methods alter_selective npo --seeds 0 1 --results assets/results/a.json" in command
+    assert command.endswith("--methods alter_selective npo --seeds 0 1 --items 4 --results assets/results/a.json")
     assert all(x["said"] and x["prompt"] and x["attack"] for x in entry["leaks"])
     with pytest.raises(UserError, match="no attacks"):
         tables.attacked({"runs": [entry | {"config": {"overrides": {}}}]})
