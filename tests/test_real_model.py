@@ -33,7 +33,8 @@ def test_filter_leaves_enough(lm):
 
 
 def test_it_forgets_harry_potter_and_only_that():
-    run = unlearn("smollm2-135m", "harry-potter", UnlearnConfig(limit=24, tokens=48), folder=None)
+    groups = ("forget_held_out", "neighbours", "general")
+    run = unlearn("smollm2-135m", "harry-potter", UnlearnConfig(limit=16, groups=groups, tokens=32), folder=None)
     before, after = run.metrics["before"], run.metrics["after"]
     held_out = "forget_held_out"
     assert after[held_out]["probability"] < 0.05 * before[held_out]["probability"]
