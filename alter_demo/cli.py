@@ -433,7 +433,7 @@ def do_ablation(args) -> None:
         raise UserError("The ablation needs at least one variant.")
     with Bars() as bars:
         results = grid(grid_of(args), [args.method], args.seeds, how_of(args, bars, {"variant": names}))
-    rows = ablated(results)
+    rows = ablated(results).drop(columns="diverged")
     table = new_table("variant", *rows.columns)
     for name, row in rows.iterrows():
         table.add_row(name, *(f"{v:.3g}" for v in row))

@@ -132,6 +132,10 @@ def heterogeneity_commands(results: dict) -> list[str]:
     ]
 
 
+def figures_of(table: pd.DataFrame) -> pd.DataFrame:
+    return table.drop(columns="diverged").reset_index()
+
+
 # the first that holds; the last holds for all
 KINDS: dict[str, Kind] = {
     "heterogeneity": Kind(
@@ -149,7 +153,7 @@ KINDS: dict[str, Kind] = {
         "ROUGE-L of what each attack brings back (the right answer scores 1).",
     ),
     "ablation": Kind(
-        overridden("variant"), lambda r: tables.ablated(r).reset_index(), tables.ablation_markdown, ablation_commands,
+        overridden("variant"), lambda r: figures_of(tables.ablated(r)), tables.ablation_markdown, ablation_commands,
         said="ALTER without one of its parts, or with another number.",
     ),
     "choice": Kind(
@@ -159,7 +163,7 @@ KINDS: dict[str, Kind] = {
         "place of WMDP.",
     ),
     "tuning": Kind(
-        is_tuning, lambda r: tables.tried(r).reset_index(), tables.tuning_markdown, grid_commands,
+        is_tuning, lambda r: figures_of(tables.tried(r)), tables.tuning_markdown, grid_commands,
         said="Every setting that was tried; the highest score of a method is its default.",
     ),
     "rounds": Kind(

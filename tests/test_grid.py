@@ -157,6 +157,9 @@ def test_tables_and_figures_come_from_the_results(tmp_path):
     (tmp_path / "results").mkdir()
     results = made_up()
     results["runs"].append(results["runs"][-1] | {"method": "asym_lora"})  # what cost is set beside
+    results["runs"][-1] |= {"seconds": {"unlearn": 4.0}, "peak_memory_mb": 200, "config": {"overrides": {}}}
+    bars = {trace.name: dict(zip(trace.x, trace.y, strict=True)) for trace in figures.cost(results).data}
+    assert bars["seconds over asym_lora's"]["lora"] == 2.5 and bars["MB over asym_lora's"]["lora"] == 0.5
     (tmp_path / "results" / "tofu.json").write_text(json.dumps(results))
     (tmp_path / "README.md").write_text("Before.\n<!-- results:tofu -->\nold\n<!-- end -->\nAfter.\n")
     written = report.report(tmp_path / "results", tmp_path / "README.md")
