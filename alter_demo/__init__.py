@@ -6,7 +6,11 @@
 Imports are lazy: `import alter_demo` costs nothing, the first use of a name brings in torch and transformers.
 """
 
+import logging
 from importlib import import_module
+
+# where it is installed peft imports it, and it tells of a faster kernel that it lacks
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 # the keys of methods.METHODS, for a page that is up before torch is

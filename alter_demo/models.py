@@ -169,6 +169,9 @@ def load_model(
             model = merge(model, Path(adapter))
         if not load_in_4bit:
             model = model.to(device)
+        for module in model.modules():  # bitsandbytes repacks for inference on a CPU, and no gradient passes that
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.get_output_embeddings().register_forward_pre_hook(contiguous)
