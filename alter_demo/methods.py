@@ -181,7 +181,7 @@ METHODS: dict[str, Method] = {
     "grad_diff": Method({"forget": ascent, "retain": keep}, "full", "Maini et al. 2024", FULL | {"lr": 1e-4}),
     "kl_min": Method({"forget": ascent, "retain": keep}, "full", "Maini et al. 2024", FULL | KL | {"lr": 1e-4}),
     "npo": Method({"forget": npo}, "full", "Zhang et al. 2024", FULL),
-    "npo_kl": Method({"forget": npo, "retain": keep}, "full", "Zhang et al. 2024", FULL | KL),
+    "npo_kl": Method({"forget": npo, "retain": keep}, "full", "Zhang et al. 2024", FULL | KL | {"max_steps": 120}),
     "npo_gd": Method({"forget": npo, "retain": keep}, "full", "Zhang et al. 2024", FULL),
     "simnpo": Method(
         {"forget": simnpo, "retain": keep}, "full", "Fan et al. 2024",
