@@ -239,7 +239,8 @@ def key(lm: LM) -> str:
 def own_file(lm: LM) -> Path:
     """Cache of a model's answers; weights that change in a folder get a new one."""
     mark = stamp(*(p for p in (lm.name, lm.adapter) if p))
-    return cache_dir() / "answers" / f"{key(lm)}-{lm.dtype}{f'-{mark}' if mark else ''}.json"
+    parts = [key(lm), lm.dtype, *(["4bit"] if lm.in_4bit else []), *([mark] if mark else [])]
+    return cache_dir() / "answers" / f"{'-'.join(parts)}.json"
 
 
 def stamp(*folders: str | Path) -> str:

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"alter_demo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        kept = "finished items are kept" if "results" in args else "nothing was written"
+        kept = "finished items are kept" if "methods" in args or "variants" in args else "nothing was written"
         print(f"alter_demo: interrupted, {kept}.", file=sys.stderr)
         return 130
     except MemoryError:
@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
         "--stop-ratio",
         type=float,
         help="stop at this share of the probe's first probability (where there are wrong answers: when right ones are "
-        "no likelier)",
+        "no likelier than for what was never learned)",
     )
     sub.add_argument("--limit", type=int, default=64, help="evaluation items per group, 0: all")
     sub.add_argument("--seed", type=int, default=0, help="random seed")
@@ -155,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--tasks", nargs="+", help="lm-eval tasks, that of what is forgotten first (default: wmdp.TASKS)")
     sub.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="random seeds")
     sub.add_argument("--limit", type=int, help="questions a task (default: all)")
-    sub.add_argument("--load-in-4bit", action="store_true", help="needs bitsandbytes and a GPU")
+    sub.add_argument("--load-in-4bit", action="store_true", help="4-bit base, needs bitsandbytes")
     sub.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE[,VALUE...]", help="settings to try")
     sub.add_argument("--results", type=Path, help="results file (default: assets/results/FORGET.json)")
 
@@ -165,9 +165,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--methods", nargs="+", default=["alter", "alter_selective"], help="some of methods.METHODS")
     sub.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="random seeds")
     sub.add_argument("--shares", nargs="+", type=float, default=[0.25, 0.5, 1.0], help="of the forget set")
-    sub.add_argument("--rounds", type=int, help="forget the set in so many rounds instead (results: muse-rounds.json)")
+    sub.add_argument(
+        "--rounds", type=int, help="forget the set in so many rounds instead (results: FORGET-rounds.json)"
+    )
     sub.add_argument("--retain-model", help=RETAIN_MODEL)
-    sub.add_argument("--load-in-4bit", action="store_true", help="needs bitsandbytes and a GPU")
+    sub.add_argument("--load-in-4bit", action="store_true", help="4-bit base, needs bitsandbytes")
     sub.add_argument("--results", type=Path, help="results file (default: assets/results/FORGET.json)")
 
     sub = command("ablation", do_ablation, "Take parts out of ALTER one by one, and change its numbers.")
@@ -356,10 +358,11 @@ def grid_of(args):
 def how_of(args, bars, overrides: dict | None = None):
     """Where a benchmark's results go; Ctrl-C ends it after the step."""
     from .grid import How
-    from .models import choose_device
+    from .models import choose_device, choose_dtype
 
-    if args.dtype == "auto" and choose_device(args.device) == "cpu":
-        args.dtype = "float32"  # so that the figures come back on another processor
+    device = choose_device(args.device)
+    if args.dtype == "auto":  # on a CPU so that the figures come back on another processor
+        args.dtype = "float32" if device == "cpu" else choose_dtype("auto", device)
     stop = Stop("this step; finished items are kept")
     return How(
         args.results, overrides or {}, args.device, args.dtype, bars.step, bars.stage, lambda: stop.asked

@@ -42,7 +42,7 @@ class Item:
 
 @dataclass
 class ForgetSet:
-    """The parts of an unlearning task. Only `forget`, `retain` and `general` are ever trained on."""
+    """The parts of an unlearning task. Only `trained_on`, `retain` and `general` are ever trained on."""
 
     name: str
     forget: list[Item]
@@ -137,7 +137,7 @@ def adapters(name: str, model: str) -> dict[str, Path]:
 
 
 def check_disjoint(made: ForgetSet) -> None:
-    forget = {(i.question, i.answer) for i in made.forget}
+    forget = {(i.question, i.answer) for i in (*made.forget, *made.trained_on)}
     for item in made.retain:
         if (item.question, item.answer) in forget:
             raise UserError(
@@ -222,19 +222,19 @@ def tofu(split: str) -> ForgetSet:
 
 def muse(kind: str) -> ForgetSet:
     """MUSE-News or MUSE-Books. Its questions are asked; trained on are its texts where they are there (the hub has
-    them), else the questions. Then a fifth of the forget questions is left out as `holdout`, which nobody is taught.
-    MUSE has no paraphrases: every fourth forget question is the probe, the other three are reported."""
+    them), which the probe looks at then; else the questions. Of those a fifth is left out as `holdout`, which nobody
+    is taught, and, since MUSE has no paraphrases, every fourth of the others is the probe and not reported."""
     asked = {k: muse_part(kind, f"knowmem_{k}_qa") for k in ("forget", "retain")}
     texts, keep_texts = muse_part(kind, "raw_forget", True), muse_part(kind, "raw_retain1", True)
-    forget, holdout = asked["forget"], []
+    forget, holdout, learned, probe = asked["forget"], [], texts, texts
     if not texts:
         cut = len(forget) * 4 // 5
-        forget, holdout = forget[:cut], forget[cut:]
-    reported = [item for k, item in enumerate(forget) if k % 4]
+        learned, holdout = forget[:cut], forget[cut:]
+        probe, forget = learned[::4], [item for k, item in enumerate(learned) if k % 4]
     train, general = general_items()
     return ForgetSet(
-        f"muse-{kind}", reported, keep_texts or asked["retain"], train, reported, asked["retain"], general,
-        training=texts or forget, learned=True, more={"retain": asked["retain"]}, holdout=holdout, probe=forget[::4],
+        f"muse-{kind}", forget, keep_texts or asked["retain"], train, forget, asked["retain"], general,
+        training=learned, learned=True, more={"retain": asked["retain"]}, holdout=holdout, probe=probe,
     )  # fmt: skip
 
 
@@ -357,7 +357,7 @@ def read_file(path: Path, first: int | None = None) -> list[Item]:
     if path.stat().st_size > MAX_BYTES and not in_part:
         raise UserError(f"{path.name} has {path.stat().st_size / 2**20:.0f} MB, and 50 MB is the most.")
     try:
-        with path.open(encoding="utf-8-sig", newline="") as handle:
+        with path.open(encoding="utf-8-sig") as handle:
             text = "".join(itertools.islice(handle, first)) if in_part else handle.read()
     except UnicodeDecodeError as error:
         raise UserError(f"{path.name} is not UTF-8 text (byte {error.start}): save it as UTF-8.") from None

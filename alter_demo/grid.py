@@ -61,7 +61,7 @@ VARIANTS: dict[str, dict] = {
 }
 
 
-MARKS = ("variant", "rounds", "attack", "share")  # overrides that say what was done, and are no settings
+MARKS = {"variant", "rounds", "attack", "share"}  # overrides that say what was done, and are no settings
 
 
 def grid_config(size: str, **values) -> GridConfig:
@@ -83,7 +83,11 @@ def taught(config: GridConfig, made: ForgetSet, device: str, dtype: str, on_step
     if config.retain_items is None and config.model and (shipped := adapters(made.name, config.model)):
         return shipped
     # names of folders repeat, and their weights may change
-    model = config.model if config.model in MODELS else f"{Path(config.model).name}-{mark(stamp(config.model))}"
+    model = (
+        config.model
+        if config.model in MODELS
+        else f"{Path(config.model).name}-{mark((config.model, stamp(config.model)))}"
+    )
     items = mark([(i.question, i.answer) for i in (*made.retain, *made.trained_on)])
     name = f"{made.name}-{config.retain_items or 'all'}-{model}-{config.epochs}-{items}"
     folders = {which: cache_dir() / "taught" / name / which for which in TAUGHT}
@@ -186,7 +190,7 @@ class Bench:
         """Log of the target or the retain-only model on `groups`, kept in the cache."""
         lm, tokens = self.reference(which), self.config.tokens
         items = mark([(group, i.question, i.answer) for group, own in groups.items() for i in own])
-        loaded = f"{own_file(lm).stem}{'-4bit' if self.how.load_in_4bit else ''}"  # changes with the weights
+        loaded = own_file(lm).stem  # changes with the weights
         file = cache_dir() / "logs" / f"{self.made.name}-{loaded}-{items}-{tokens}.json"
         if not file.is_file():
             evaluation.write_log(evaluation.evaluate(lm, lm.model, groups, tokens, self.how.on_stage), file)
@@ -207,14 +211,18 @@ class Bench:
         loaded = [self.how.loaded] if self.how.loaded else []
         return json.dumps([method, seed, asdict(self.config), overrides, *loaded], sort_keys=True)
 
+    def found(self, method: str, seed: int, overrides: dict) -> dict | None:
+        """The item of the results file that ran with the settings that the method has today, if there is one."""
+        now = settings_of(method, seed, overrides)
+        for run in self.results["runs"]:
+            stored = [(run["config"].get(part) or {}, own) for part, own in now.items()]
+            same = all(own[k] == old[k] for old, own in stored for k in own.keys() & old.keys())
+            if run["id"] == self.key(method, seed, overrides) and same:
+                return run
+        return None
+
     def done(self, method: str, seed: int, overrides: dict) -> bool:
-        """Whether it stands in the results file, and ran with the settings that the method has today."""
-        key = self.key(method, seed, overrides)
-        train = next((r["config"].get("train", {}) for r in self.results["runs"] if r["id"] == key), None)
-        if not train:  # absent, or of a reference model, which has no settings
-            return train is not None
-        now = asdict(configs(method.split("/")[0], overrides, seed=seed)[1])
-        return all(now.get(name) == value for name, value in train.items())
+        return self.found(method, seed, overrides) is not None
 
     def unlearn(
         self,
@@ -245,17 +253,28 @@ class Bench:
         entry = {"id": self.key(method, seed, overrides), "method": method, "seed": seed}
         entry["metrics"] = {k: round(v, 9) if abs(v) > 1e-6 else v for k, v in metrics.items()}
         entry["config"] = asdict(self.config) | {"overrides": overrides}
+        entry["config"] |= settings_of(method, seed, overrides)
         entry["config"] |= {"loaded": self.how.loaded} if self.how.loaded else {}
-        if (name := method.split("/")[0]) in METHODS:
-            entry["config"]["train"] = asdict(configs(name, overrides, seed=seed)[1])
         entry |= {"hardware": self.hardware, **more}
         if run is not None:
             m = run.metrics
             entry |= {k: m[k] for k in ("steps", "stopped", "seconds", "peak_memory_mb", "date")}
             entry["probe"] = [h["probe"] for h in m["history"] if "probe" in h]
-        kept = [r for r in self.results["runs"] if r["id"] != entry["id"]]  # without one of other settings
-        self.results["runs"] = [*kept, entry]
+        if not overrides.keys() - MARKS:  # takes the place of one that ran with other settings
+            self.results["runs"] = [r for r in self.results["runs"] if r["id"] != entry["id"]]
+        self.results["runs"].append(entry)
         write_json(self.how.path, self.results)
+
+
+def settings_of(method: str, seed: int, overrides: dict) -> dict[str, dict]:
+    """What an item runs with beside its size, as a results file holds it; {} for a reference model."""
+    if (name := method.split("/")[0]) not in METHODS:
+        return {}
+    asking, train = configs(name, overrides, seed=seed)
+    size = ("method", "limit", "kept", "groups", "tokens")
+    method = METHODS[name]
+    own = {k: v for k, v in asdict(asking).items() if k not in size} | {"alter": method.alter}
+    return {"train": asdict(train), "unlearn": own | {"threshold": asking.threshold or method.threshold}}
 
 
 def configs(method: str, values: dict, seed: int = 0, **size) -> tuple[UnlearnConfig, TrainConfig]:
@@ -331,8 +350,8 @@ def sequential(config: GridConfig, methods: list[str], seeds: list[int], rounds:
         for name, part in zip(names, parts, strict=True):
             so_far = so_far + part
             asked = {q for i in part for q in (i.question, i.paraphrased_question)}
-            new = [i for i in made.probe or made.forget_held_out if i.question in asked]
-            now = replace(made, training=so_far, probe=new or made.probe)  # the probe looks at what is new
+            new = [i for i in made.probe or made.forget_held_out if i.question and i.question in asked]
+            now = replace(made, training=so_far, probe=new or part)  # the probe looks at what is new
             # only ALTER's frozen model is the same one in each round
             seen = bench.seen if METHODS[method].trains == "alter" else None
             try:

@@ -56,6 +56,7 @@ class LM:
     device: str
     dtype: str
     adapter: str | None = None  # LoRA that was merged in first
+    in_4bit: bool = False
 
     @property
     def hardware(self) -> str:
@@ -177,7 +178,7 @@ def load_model(
     model.get_output_embeddings().register_forward_pre_hook(contiguous)
     for layer in max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len, default=[model]):
         layer.register_forward_pre_hook(give_up)
-    return LM(model.eval(), tokenizer, name, device, dtype, str(adapter) if adapter else None)
+    return LM(model.eval(), tokenizer, name, device, dtype, str(adapter) if adapter else None, load_in_4bit)
 
 
 def give_up(module, args):

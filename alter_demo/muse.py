@@ -95,8 +95,7 @@ def muse_grid(config, methods: list[str], seeds: list[int], how, shares: tuple[f
             bench.add(which, 0, bench.figures(whole[which]) | on_texts(lm, lm.model, texts, auc), {})
             del lm
         if which == "retain":
-            stored = next(r for r in bench.results["runs"] if r["method"] == "retain")
-            auc = stored["metrics"].get("mia_min_k_texts")
+            auc = bench.found("retain", 0, {})["metrics"].get("mia_min_k_texts")
     values = how.settings[0]
     marks = [{} if share == 1 else {"share": share} for share in shares]
     wanted = [(m, s, values | own) for s in seeds for m in methods for own in marks]
@@ -127,6 +126,6 @@ def share_of(made: ForgetSet, share: float) -> ForgetSet:
     """The first part of what is trained on, with those questions that it holds; with all where it is texts."""
     part = made.trained_on[: max(4, round(share * len(made.trained_on)))]
     if not all(i.question for i in part):
-        return replace(made, training=part)
+        return replace(made, training=part, probe=part)
     left = {k: [i for i in getattr(made, k) if i in part] for k in ("forget", "forget_held_out", "probe")}
     return replace(made, training=part, **left)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -87,6 +88,7 @@ def attack_commands(results: dict) -> list[str]:
 
 
 def choice_commands(results: dict) -> list[str]:
+    results = {"runs": [r for r in results["runs"] if not r["config"].get("overrides")]}
     asked = results["runs"][0]["config"]
     scored = [k.removesuffix("_acc") for k in results["runs"][0]["metrics"] if k.endswith("_acc")][:-2]
     more = [] if asked["limit"] is None else ["--limit", str(asked["limit"])]
@@ -98,8 +100,12 @@ def grid_commands(results: dict) -> list[str]:
     """One command for each set of values that were tried, with the methods that they were tried on."""
     forget = results["runs"][0]["config"]["forget"]
     tried: dict[tuple, dict[str, list]] = {}  # (method, names of its settings) -> setting -> values
+    names: dict[str, dict] = {}
     for run in rivals(results):
-        overrides = {k: v for k, v in (run["config"].get("overrides") or {}).items() if k != "share"}
+        names.setdefault(run["method"], {}).update(dict.fromkeys(run["config"].get("overrides") or {}))
+    shares = sorted({(run["config"].get("overrides") or {}).get("share", 1.0) for run in rivals(results)})
+    for run in rivals(results):
+        overrides = {k: v for k, v in tables.setting(run, names[run["method"]]).items() if k != "share"}
         own = tried.setdefault((run["method"].split("/")[0], *overrides), {k: [] for k in overrides})
         for key, value in overrides.items():
             own[key] = [*dict.fromkeys([*own[key], value])]
@@ -112,6 +118,7 @@ def grid_commands(results: dict) -> list[str]:
         parts += loaded_as(results) + ([] if muse else size_of(results))
         parts += ["--methods", *(key[0] for key, v in tried.items() if v == values), "--seeds", *seeds]
         parts += [f"--rounds {rounds[0]}"] if rounds else []
+        parts += ["--shares", *map(tables.plain, shares)] if muse and not rounds else []
         parts += ["--set", *listed] if listed else []
         found.append(" ".join(parts))
     return found
@@ -121,7 +128,8 @@ def ablation_commands(results: dict) -> list[str]:
     own = rivals(results)
     seeds = " ".join(dict.fromkeys(str(run["seed"]) for run in own))
     forget, method = own[0]["config"]["forget"], own[0]["method"]
-    parts = ["--method", method, "--seeds", seeds, *loaded_as(results), *size_of(results, "tune")]
+    names = dict.fromkeys(shlex.quote(run["config"]["overrides"]["variant"]) for run in own)
+    parts = ["--method", method, "--seeds", seeds, *loaded_as(results), *size_of(results, "tune"), "--variants", *names]
     return [f"python -m alter_demo ablation --forget {forget} {' '.join(parts)}"]
 
 
@@ -167,7 +175,7 @@ KINDS: dict[str, Kind] = {
         said="Every setting that was tried; the highest score of a method is its default.",
     ),
     "rounds": Kind(
-        lambda r: any("/" in run["method"] for run in r["runs"]), lambda r: tables.rounds(r).reset_index(),
+        lambda r: any("/" in run["method"] for run in r["runs"]), lambda r: figures_of(tables.rounds(r)),
         tables.rounds_markdown, grid_commands, {"rounds": figures.sequential},
         "The forget set grows round by round; what is left of all of it is measured after each.",
     ),
@@ -195,7 +203,8 @@ def commands_of(results: dict, name: str) -> list[str]:
 def drawings_of(results: dict) -> dict[str, Callable]:
     """The drawings that these results have the numbers for."""
     bases = {run["method"] for run in results["runs"]} & set(figures.COST_BASES)
-    return {name: draw for name, draw in kind_of(results).drawings.items() if name != "cost" or bases}
+    drawn = kind_of(results).drawings if any(run["metrics"] for run in results["runs"]) else {}
+    return {name: draw for name, draw in drawn.items() if name != "cost" or bases}
 
 
 def fill(text: str, name: str, table: str) -> str:

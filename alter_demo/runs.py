@@ -270,7 +270,7 @@ def unlearn(
             if retain_log is not None:
                 logs["retain model"] = retain_log
             elif retain_adapter is not None:
-                other = load_model(lm.name, lm.device, lm.dtype, retain_adapter)
+                other = load_model(lm.name, lm.device, lm.dtype, retain_adapter, lm.in_4bit)
                 theirs = {k: v for k, v in groups.items() if k in evaluation.FORGOTTEN}
                 measure("retain model", other, other.model, theirs)
         seconds["evaluate"] = round(measuring + time.perf_counter() - started, 1)
@@ -343,11 +343,16 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def spread(items: list, n: int) -> list:
+    """n of the items, or all, from the first to the last at equal distances."""
+    n = min(n, len(items))
+    return [items[k * len(items) // n] for k in range(n)]
+
+
 def split_probe(made: ForgetSet) -> tuple[list, ForgetSet]:
     """Take the forget probe out of the held-out questions, so that early stopping never sees what is reported."""
     if made.probe:
-        step = max(1, len(made.probe) // PROBE_ITEMS)
-        return made.probe[::step][:PROBE_ITEMS], made
+        return spread(made.probe, PROBE_ITEMS), made
     n = min(PROBE_ITEMS, len(made.forget_held_out) // 4)
     if n == 0:
         return made.forget_held_out, made
@@ -565,7 +570,7 @@ def never_learned(lm: LM, model, never: list[Item], probe_items: list[Item]) -> 
             return likelihood(lm, never)
     if lm.adapter is None:
         return 1.0
-    return likelihood(load_model(lm.name, lm.device, lm.dtype), probe_items)
+    return likelihood(load_model(lm.name, lm.device, lm.dtype, load_in_4bit=lm.in_4bit), probe_items)
 
 
 @contextmanager

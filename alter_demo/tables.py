@@ -13,7 +13,7 @@ from .errors import UserError
 from .results import REFERENCES
 
 RESULTS = Path(__file__).parents[1] / "assets" / "results"
-ASKED = ("forget", "model", "retain_items", "limit", "kept", "tokens")
+ASKED = ("forget", "model", "retain_items", "limit", "kept", "tokens", "loaded")
 OURS = ("alter", "alter_selective")
 FALLING = {  # measures of forgetting that are better when lower -> the axis of a drawing
     "ASG": "ASG, distance to answers about what is not known (lower is better)",
@@ -84,20 +84,18 @@ def medians(results: dict) -> pd.DataFrame:
     ]
     if not rows:
         raise UserError("The results file holds no runs yet.")
-    same_sizes(results)
+    same_sizes(results["runs"])
     numbers = dict.fromkeys((*SHOWN, "seconds", "MB"), float)  # absent: NaN
     table = pd.DataFrame(rows).astype(numbers).groupby("method", sort=False)
     counts, lost = table["seed"].nunique(), table["diverged"].sum()
     return table.median(numeric_only=True).drop(columns="seed").assign(seeds=counts, diverged=lost)
 
 
-def same_sizes(results: dict, more: str = "") -> None:
-    """Raises UserError unless all runs were asked the same (and have one value of the override `more`): a median of
-    different things is none."""
-    asked = {
-        json.dumps([{k: run["config"].get(k) for k in ASKED}, (run["config"].get("overrides") or {}).get(more)])
-        for run in results["runs"]
-    }
+def same_sizes(runs: list[dict], overrides: bool = False) -> None:
+    """Raises UserError unless all runs were asked the same (with the same `overrides`): a median of different things is
+    none."""
+    names = (*ASKED, "overrides") if overrides else ASKED
+    asked = {json.dumps({k: run["config"].get(k) for k in names}, sort_keys=True) for run in runs}
     if len(asked) > 1:
         raise UserError("The results file mixes different data, models or sizes: one file for each (--results).")
 
@@ -188,6 +186,7 @@ def tried(results: dict) -> pd.DataFrame:
     ]  # fmt: skip
     if not rows:
         raise UserError("The results file holds no settings that were tried: tofu --set lr=1e-5,1e-4 makes some.")
+    same_sizes(runs)
     numbers = dict.fromkeys(("forget_quality", "model_utility", "steps"), float)
     table = pd.DataFrame(rows).astype(numbers).groupby(["method", "setting"], sort=False).median(numeric_only=True)
     return table.assign(score=table["forget_quality"] * table["model_utility"])
@@ -227,17 +226,23 @@ def rounds(results: dict) -> pd.DataFrame:
     runs = [r for r in results["runs"] if "/" in r["method"]]
     if not runs:
         raise UserError("The results file holds no rounds: tofu --rounds makes some.")
-    same_sizes({"runs": runs}, "rounds")
-    table = pd.DataFrame(r["metrics"] for r in runs)
-    table = table[[k for k in ROUNDS if k in table]].rename(columns=SHOWN)
+    same_sizes(runs, overrides=True)
     methods, numbers = zip(*(r["method"].split("/") for r in runs), strict=True)
-    return table.groupby([pd.Series(methods, name="method"), pd.Series(map(int, numbers), name="round")]).median()
+    table = pd.DataFrame([{k: r["metrics"].get(k) for k in ROUNDS} for r in runs]).astype(float)
+    table = table.dropna(axis=1, how="all").rename(columns=SHOWN)
+    table["diverged"] = [r.get("stopped") == "diverged" for r in runs]
+    rows = table.groupby([pd.Series(methods, name="method"), pd.Series(map(int, numbers), name="round")])
+    return rows.median().assign(diverged=rows["diverged"].max())
 
 
 def rounds_markdown(results: dict) -> str:
     table = rounds(results)
-    rows = [[method, str(k), *(f"{v:.3g}" for v in row)] for (method, k), row in table.iterrows()]
-    return f"{pipes(['method', 'round', *table.columns], rows)}\n\n{hardware(results)}."
+    shown = [k for k in table if k != "diverged"]
+    rows = [
+        [method, str(k), *(missing(row) if pd.isna(row[c]) else f"{row[c]:.3g}" for c in shown)]
+        for (method, k), row in table.iterrows()
+    ]
+    return f"{pipes(['method', 'round', *shown], rows)}\n\n{hardware(results)}."
 
 
 def accuracies(results: dict) -> pd.DataFrame:
@@ -250,6 +255,7 @@ def accuracies(results: dict) -> pd.DataFrame:
     names = dict.fromkeys(k for r in runs for k in r["metrics"] if k.endswith("_acc") and k != "forget_acc")
     if not names:
         raise UserError("The results file holds no multiple choice: python -m alter_demo wmdp makes some.")
+    same_sizes(runs)
     more = {
         "general_ROUGE_to_base": SHOWN["general_ROUGE_to_base"],
         "general_repetition": "repeated 4-grams",
@@ -292,7 +298,9 @@ def ablated(results: dict) -> pd.DataFrame:
     ]  # fmt: skip
     if not rows:
         raise UserError("The results file holds no variants: python -m alter_demo ablation makes some.")
-    same_sizes(results)
+    same_sizes(variants(results))
+    if len({r["method"] for r in variants(results)}) > 1:
+        raise UserError("The results file mixes variants of two methods: one file for each (--results).")
     table = pd.DataFrame(rows)
     return table.astype({k: float for k in table if k != "variant"}).groupby("variant", sort=False).median()
 
@@ -325,7 +333,7 @@ def attacked(results: dict) -> pd.DataFrame:
     ]  # fmt: skip
     if not rows:
         raise UserError("The results file holds no attacks: python -m alter_demo attack makes some.")
-    same_sizes({"runs": attack_runs(results)}, "attack")
+    same_sizes(attack_runs(results), overrides=True)
     table = pd.DataFrame(rows).astype(dict.fromkeys(ATTACKS, float)).groupby("method", sort=False)
     return table.median(numeric_only=True).drop(columns="seed").assign(seeds=table["seed"].nunique())
 

@@ -48,7 +48,7 @@ def test_benchmarks_from_a_folder(name, monkeypatch):
     monkeypatch.setenv("ALTER_DATA_DIR", str(SHARED))
     made = load_forget_set(name)
     sizes = {"tofu-forget01": 40, "tofu-forget05": 200, "tofu-forget10": 400, "muse-news": 80}
-    assert len(made.forget) == sizes[name] and len(made.retain) > 40 and made.neighbours
+    assert len(made.trained_on) == sizes[name] and len(made.retain) > 40 and made.neighbours
     if name.startswith("tofu"):
         assert all(i.perturbed_answer for i in made.forget)
         few = made.smaller(20)  # a small model is measured on what it was taught
@@ -56,7 +56,13 @@ def test_benchmarks_from_a_folder(name, monkeypatch):
         assert few.neighbours == asked_differently(few.retain)
         assert len(few.holdout) == len(few.forget) and not [i for i in few.holdout if i in few.retain]
     else:  # without MUSE's texts: the questions are learned, and some of them never
-        assert len(made.holdout) == 20 and made.training is None and made.learned and len(made.retain) == 100
+        assert (
+            len(made.holdout) == 20
+            and len(made.forget) == 60
+            and len(made.probe) == 20
+            and made.learned
+            and len(made.retain) == 100
+        )
     with pytest.raises(UserError, match="retain item"):
         made.smaller(0)
 

@@ -1,6 +1,7 @@
 """The grid on a tiny model: it fills one results file, goes on where it stopped, and its tables come from there."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from conftest import COLOURS, OWN_FORGET, OWN_RETAIN
 
 from alter_demo import attacks, data, figures, grid, report, tables
-from alter_demo.cli import main
+from alter_demo.cli import grid_of, main, parser
 from alter_demo.data import ForgetSet, Item, general_items
 from alter_demo.errors import UserError
 from alter_demo.grid import GridConfig, How
@@ -70,9 +71,11 @@ def test_a_grid_goes_on_where_it_stopped(small, tmp_path):
 def test_what_ran_with_other_settings_is_run_again(small, tmp_path, monkeypatch):
     path = tmp_path / "r.json"
     few = {"max_steps": 1, "batch_size": 2}
-    before = grid.grid(small, ["lora", "grad_diff"], [0], How(path, few))["runs"]
+    for method in ("lora", "grad_diff"):
+        monkeypatch.setitem(METHODS, method, replace(METHODS[method], train=METHODS[method].train | few))
+    before = grid.grid(small, ["lora", "grad_diff"], [0], How(path))["runs"]
     monkeypatch.setitem(METHODS, "lora", replace(METHODS["lora"], train=METHODS["lora"].train | {"lr": 0.05}))
-    after = grid.grid(small, ["lora", "grad_diff"], [0], How(path, few))["runs"]
+    after = grid.grid(small, ["lora", "grad_diff"], [0], How(path))["runs"]
     assert [r["method"] for r in after] == ["target", "retain", "grad_diff", "lora"]  # the others were left alone
     assert after[-1]["config"]["train"]["lr"] == 0.05 and after[-1]["metrics"] != before[2]["metrics"]
     usual = grid.Bench(small, ["lora"], How(path))
@@ -324,6 +327,34 @@ def test_experts_are_handed_on(taught, small):
     for name, old in experts.items():
         assert (now[name][: len(old)] == old).all() and not now[name][len(old) :].any()
     assert any(p.any() for n, p in experts.items() if ".alter_B." in n)
+
+
+@pytest.mark.parametrize("file", sorted(tables.RESULTS.glob("*.json")), ids=lambda p: p.stem)
+def test_the_printed_commands_ask_for_what_is_stored(file):
+    results = read_results(file)
+    wanted = {(r["method"].split("/")[0], r["seed"]) for r in report.rivals(results) if "words" not in r}
+    for command in report.commands_of(results, file.stem):
+        args = parser().parse_args(shlex.split(command)[3:])
+        assert args.results == Path("assets/results") / file.name
+        if "size" in args:
+            (asked,) = {json.dumps({k: r["config"][k] for k in tables.ASKED[:-1]}) for r in results["runs"]}
+            assert json.dumps({k: getattr(grid_of(args), k) for k in tables.ASKED[:-1]}) == asked
+        if "method" in args or "methods" in args:
+            methods = [args.method] if "method" in args else args.methods
+            wanted -= {(m, s) for m in methods for s in args.seeds}
+        else:
+            wanted = set()
+    assert not wanted
+
+
+def test_tried_settings_outlive_a_new_default(small, tmp_path, monkeypatch):
+    path, few = tmp_path / "t.json", {"max_steps": 1, "batch_size": 2}
+    grid.grid(small, ["simnpo"], [0], How(path, few))
+    monkeypatch.setitem(METHODS, "simnpo", replace(METHODS["simnpo"], train=METHODS["simnpo"].train | {"beta": 0.5}))
+    results = grid.grid(small, ["simnpo"], [0], How(path, few))
+    tried = [r for r in results["runs"] if r["method"] == "simnpo"]
+    assert [r["config"]["train"]["beta"] for r in tried] == [1.0, 0.5]
+    assert grid.grid(small, ["simnpo"], [0], How(path, few)) == results
 
 
 def test_the_readme_holds_the_stored_results_and_nothing_else():

@@ -69,14 +69,13 @@ def test_the_probe_is_not_reported(folder):
 def test_texts_are_trained_on_and_measured(folder, taught, tiny, tmp_path, monkeypatch):
     texts = [" ".join(SENTENCE.format(c, i) for i in range(12)) for c in COLOURS[:4]]
     others = [" ".join(SENTENCE.format(c, i) for i in range(7, 19)) for c in COLOURS[4:8]]
+    kept = [" ".join(SENTENCE.format(c, i) for i in range(12)) for c in COLOURS[8:]]
     for name in ("raw_forget", "raw_retain1", "verbmem_forget", "privleak_forget", "privleak_holdout"):
-        put(folder, name, texts if "holdout" not in name else others)
+        put(folder, name, {"raw_retain1": kept, "privleak_holdout": others}.get(name, texts))
     made = data.load_forget_set("muse-news")
-    assert [i.answer for i in made.training] == texts and len(made.forget) == 9 and not made.holdout
-    half = muse.share_of(made, 0.5)
-    assert (
-        half.forget == made.forget and len(muse.share_of(replace(made, training=made.training * 4), 0.5).training) == 8
-    )
+    assert [i.answer for i in made.training] == texts and len(made.forget) == 12 and not made.holdout
+    half = muse.share_of(replace(made, training=made.training * 4), 0.5)
+    assert half.forget == made.forget and half.probe == half.training == made.training * 2
     lm = load_model(str(taught), dtype="float32")
     own = [data.Item("", t) for t in texts]
     ids = [lm.tokenizer(t).input_ids for t in texts]
@@ -119,6 +118,6 @@ def test_texts_are_trained_on_and_measured(folder, taught, tiny, tmp_path, monke
     how = How(tmp_path / "t.json", FEW)
     grid_config = GridConfig(forget="muse-news", model=str(tiny), tokens=4, epochs=1)
     (*_, run) = muse.muse_grid(grid_config, ["lora"], [0], how, (0.5,))["runs"]
-    assert run["trained_on"] == 4 and run["questions"] == 9 and "forget_verbmem_ROUGE" in run["metrics"]
+    assert run["trained_on"] == 4 and run["questions"] == 12 and "forget_verbmem_ROUGE" in run["metrics"]
     with pytest.raises(UserError, match="not plain text"):
         muse.muse_grid(grid_config, ["elm"], [0], how)
