@@ -194,7 +194,7 @@ METHODS: dict[str, Method] = {
     "random_labels": Method({"forget": random_labels, "retain": keep}, "full", "Golatkar et al. 2020", FULL),
     "elm": Method(
         {"forget": erase, "retain": keep, "refusal": said_instead}, "lora", "Gandikota et al. 2024",
-        LORA | KL | {"refusal": 1.0, "lr": 5e-4}, instead="novice",
+        LORA | KL | {"refusal": 1.0, "eta": 1000.0}, instead="novice",
     ),
     "lora": Method(
         {"forget": inverted_hinge, "retain": keep}, "lora", "Hu et al. 2022; IHL of Cha et al. 2025",

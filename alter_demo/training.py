@@ -45,7 +45,7 @@ class TrainConfig:
     forgetting: str = field(default="ihl", metadata={"help": "ALTER's loss on a forget token: ihl or unlikelihood"})
     sharpness: float = field(default=0.1, metadata={"help": "beta of NPO, SimNPO and DPO"})
     steering: float = field(default=2.0, metadata={"help": "c of RMU, length of the vector steered to"})
-    eta: float = field(default=5.0, metadata={"help": "eta of ELM, strength of erasing"})
+    eta: float = field(default=5.0, metadata={"help": "eta of ELM, strength of erasing (the authors take 1000)"})
     forget_end: bool = field(default=False, metadata={"help": "unlearn the end of turn too (published)"})
     retention: str = field(default="distill", metadata={"help": "distill (to the frozen model) or nll (published)"})
     probe_every: int = field(default=6, metadata={"help": "steps between two looks at the forget probe"})
