@@ -107,8 +107,10 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("bench", do_bench, "Time and memory of a step and of generation, beside LoRA and full fine-tuning.")
     model_options(sub)
+    sub.add_argument("--load-in-4bit", action="store_true", help="4-bit base, needs bitsandbytes")
     sub.add_argument("--steps", type=int, default=5, help="rounds, alternated")
     sub.add_argument("--json", action="store_true", help="print JSON")
+    sub.add_argument("--results", type=Path, help="put the figures into this results file")
 
     sub = command("learn", do_learn, "Teach a model a made-up set, as a LoRA adapter, so that it can forget it.")
     model_options(sub)
@@ -285,11 +287,13 @@ def do_inspect(args) -> None:
 
 
 def do_bench(args) -> None:
-    from .bench import bench
+    from .bench import bench, store
 
     if args.steps < 1:
         raise UserError("bench needs at least 1 step.")
-    result = bench(args.model, args.steps, args.device, args.dtype)
+    result = bench(args.model, args.steps, args.device, args.dtype, load_in_4bit=args.load_in_4bit)
+    if args.results:
+        store(result, args.results)
     if args.json:
         print(json.dumps(result, indent=1))
         return
@@ -299,8 +303,9 @@ def do_bench(args) -> None:
     console().print(table)
     speed, ratio = result["tokens_per_second"], result["ratio"]
     console().print(
-        f"A step of ALTER takes {ratio['alter_over_lora']} of LoRA's, {ratio['alter_over_full']} of full tuning's. "
-        f"Generation: {speed['base']} tokens a second bare, {speed['alter']} where experts act, "
+        f"A step of ALTER takes {ratio['alter_over_lora']} of LoRA's"
+        + (f", {ratio['alter_over_full']} of full tuning's. " if "alter_over_full" in ratio else ". ")
+        + f"Generation: {speed['base']} tokens a second bare, {speed['alter']} where experts act, "
         f"{speed['alter_idle']} elsewhere. {result['hardware']}."
     )
 

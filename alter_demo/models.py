@@ -153,7 +153,7 @@ def load_model(
         UserError: unknown name, no network on first use, pickled weights, no such device, out of memory or disk.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
@@ -163,7 +163,8 @@ def load_model(
         kwargs["quantization_config"] = four_bit(getattr(torch, dtype))
     with quiet(), model_errors(name):
         if name not in MODELS:
-            need_memory(path, name, device, dtype, load_in_4bit)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            need_memory(config, name, device, dtype, load_in_4bit)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
         if adapter is not None:
@@ -294,13 +295,12 @@ def four_bit(compute_dtype):
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
 
 
-def need_memory(path: str, name: str, device: str, dtype: str, load_in_4bit: bool) -> None:
+def need_memory(config, name: str, device: str, dtype: str, load_in_4bit: bool) -> None:
     """Raises UserError when the weights alone exceed what is free, before they are fetched or loaded."""
     import psutil
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if getattr(config, "quantization_config", None):  # packed already, in one of a dozen ways
         return
     with torch.device("meta"):

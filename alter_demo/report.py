@@ -140,12 +140,25 @@ def heterogeneity_commands(results: dict) -> list[str]:
     ]
 
 
+def bench_commands(results: dict) -> list[str]:
+    found = []
+    for asked in (run["config"] for run in results["runs"]):
+        more = ["--load-in-4bit"] * asked["load_in_4bit"] + ["--steps", str(asked["steps"])]
+        found.append(f"python -m alter_demo bench --model {asked['model']} --dtype {asked['dtype']} {' '.join(more)}")
+    return list(dict.fromkeys(found))
+
+
 def figures_of(table: pd.DataFrame) -> pd.DataFrame:
     return table.drop(columns="diverged").reset_index()
 
 
 # the first that holds; the last holds for all
 KINDS: dict[str, Kind] = {
+    "bench": Kind(
+        lambda r: all(x["method"] == "bench" for x in r["runs"]) and bool(r["runs"]), tables.costs,
+        tables.costs_markdown, bench_commands,
+        said="A training step and a generated token, beside PEFT's LoRA and full fine-tuning.",
+    ),
     "heterogeneity": Kind(
         has("points"), lambda r: pd.DataFrame([{"seed": x["seed"], **x["metrics"]} for x in r["runs"]]),
         tables.heterogeneity_markdown, heterogeneity_commands, {"domains": figures.heterogeneity},

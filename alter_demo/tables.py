@@ -364,6 +364,29 @@ def heterogeneity_markdown(results: dict) -> str:
     return f"{pipes(header, rows)}\n\nMean cosine; {hardware(results)}."
 
 
+def costs(results: dict) -> pd.DataFrame:
+    """What `bench` measured, one row a model and machine: seconds a step, peak memory, tokens a second."""
+    rows = []
+    for run in results["runs"]:
+        m, asked = run["metrics"], run["config"]
+        packed = "4-bit" if asked["load_in_4bit"] else asked["dtype"]
+        rows.append({"model": f"{asked['model']}, {packed}", "machine": run["hardware"].rsplit(" (", 1)[0]})
+        for method in ("alter", "lora", "full"):
+            rows[-1][f"{method}: step, s"] = m.get(f"step_seconds_{method}")
+        rows[-1]["ALTER / LoRA"] = m["ratio_alter_over_lora"]
+        for method in ("alter", "lora", "full"):
+            rows[-1][f"{method}: peak MB"] = m.get(f"peak_memory_mb_{method}")
+        names = {"base": "bare", "alter": "where experts act", "alter_idle": "elsewhere"}
+        rows[-1] |= {f"tokens a second, {name}": m[f"tokens_per_second_{k}"] for k, name in names.items()}
+    return pd.DataFrame(rows).astype({k: float for k in rows[0] if k not in ("model", "machine")})
+
+
+def costs_markdown(results: dict) -> str:
+    table = costs(results)
+    rows = [["" if pd.isna(v) else v if isinstance(v, str) else f"{v:.4g}" for v in row] for row in table.to_numpy()]
+    return pipes(list(table.columns), rows)
+
+
 def words_markdown(results: dict) -> str:
     """The share of the words that each way takes, and its most frequent words."""
     rows = []

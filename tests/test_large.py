@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Mistr
 
 from alter_demo import models
 from alter_demo.adapter import AlterConfig
+from alter_demo.bench import SHAPES, pack
 from alter_demo.cli import main
 from alter_demo.errors import UserError
+from alter_demo.report import commands_of, table_of
 
 WIDE = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -24,19 +26,19 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_memory_is_told_before_anything_is_loaded(name, tmp_path, monkeypatch):
+def test_memory_is_told_before_anything_is_loaded(name, monkeypatch):
     kind, more, billions, whole, packed = CONFIGS[name]
-    kind(**WIDE, **more).save_pretrained(tmp_path)
+    config = kind(**WIDE, **more)
     free = SimpleNamespace(available=8 * 2**30)
     monkeypatch.setattr("psutil.virtual_memory", lambda: free)
     with pytest.raises(UserError) as told:
-        models.need_memory(str(tmp_path), name, "cpu", "bfloat16", False)
+        models.need_memory(config, name, "cpu", "bfloat16", False)
     assert f"{billions:.2g} billion weights, which need {whole} GB" in str(told.value)
     assert f"8.0 GB are free on the CPU: try --load-in-4bit ({packed} GB)" in str(told.value)
-    models.need_memory(str(tmp_path), name, "cpu", "bfloat16", True)
+    models.need_memory(config, name, "cpu", "bfloat16", True)
     free.available = 2 * 2**30
     with pytest.raises(UserError, match="try a smaller model"):
-        models.need_memory(str(tmp_path), name, "cpu", "bfloat16", True)
+        models.need_memory(config, name, "cpu", "bfloat16", True)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -106,3 +108,48 @@ def test_gradients_pass_through_4_bit_weights(shallow):
     assert packed.keys() == plain.keys() and any(g.abs().max() > 1e-6 for g in plain.values())
     for name, g in plain.items():
         assert torch.allclose(packed[name], g, rtol=1e-3, atol=1e-6 + 1e-3 * g.abs().max().item()), name
+
+
+@pytest.mark.parametrize("loaded", [[], ["--load-in-4bit"]], ids=["float32", "4-bit"])
+def test_bench_of_a_shape_filled_at_random(loaded, tmp_path, monkeypatch):
+    """The same path with a small shape; on a GPU tests/gpu.py takes the real ones."""
+    small = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = LlamaConfig(vocab_size=1200, num_key_value_heads=2, **small)
+    monkeypatch.setitem(SHAPES, "llama-3-8b", shape)
+    results = tmp_path / "bench.json"
+    options = ["bench", "--model", "llama-3-8b", "--dtype", "float32", "--steps", "1", *loaded]
+    monkeypatch.setattr("alter_demo.bench.peak_memory", lambda model, method, *more: {"alter": 70, "lora": 80}[method])
+    for _ in range(2):  # the second takes the first one's place
+        assert main([*options, "--results", str(results)]) == 0
+    stored = json.loads(results.read_text())
+    (run,) = stored["runs"]
+    assert run["metrics"]["peak_memory_mb_alter"] == 70 and "step_seconds_full" not in run["metrics"]
+    assert run["metrics"]["step_seconds_alter"] > 0 and run["metrics"]["tokens_per_second_alter"] > 0
+    assert run["config"]["load_in_4bit"] == bool(loaded)
+    asked = " ".join(["python -m alter_demo", *options[:5], *loaded, "--steps 1"])
+    assert commands_of(stored, "bench") == [f"{asked} --results assets/results/bench.json"]
+    table = table_of(stored).splitlines()
+    assert table[2].startswith(f"| llama-3-8b, {'4-bit' if loaded else 'float32'} | ") and "| 70 | 80 |  |" in table[2]
+
+
+def test_linear_layers_are_packed_as_transformers_does(tmp_path):
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(12)[None]
+    own = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, quantization_config=models.four_bit(torch.float32)
+    )
+    for module in own.modules():  # as load_model does
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    pack(model, torch.float32)
+    torch.testing.assert_close(model(ids).logits, own(ids).logits)
