@@ -144,7 +144,8 @@ def pack(model, dtype) -> None:
             packed = bitsandbytes.nn.Linear4bit(
                 *sizes, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
             )
-            packed.weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+            how = {"requires_grad": False, "quant_type": "nf4", "compress_statistics": False}
+            packed.weight = bitsandbytes.nn.Params4bit(module.weight.data, **how)
             if hasattr(packed, "support_avx512bf16_for_cpu"):
                 packed.support_avx512bf16_for_cpu = False
             model.set_submodule(name, packed.to(device))
