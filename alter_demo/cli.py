@@ -67,6 +67,10 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
         sub.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
 
+    def grid_options(sub):
+        model_options(sub)
+        sub.add_argument("--untimed", action="store_true", help="other work runs beside: do not keep the seconds")
+
     sub = command("unlearn", do_unlearn, "Make a model forget a set; leaves a folder runs/<name>/.")
     model_options(sub)
     sub.add_argument("--forget", default="harry-potter", help="a built-in set, a benchmark, or a file")
@@ -122,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="random seed")
 
     sub = command("tofu", do_tofu, "A benchmark: methods, seeds, one results file; goes on where it stopped.")
-    model_options(sub)
+    grid_options(sub)
     sub.add_argument("--forget", default="tofu-forget01", help="tofu-forget01, 05, 10, imaginary-authors, harry-potter")
     sub.add_argument(
         "--size", default="cpu", help="cpu (12 authors, 2 of them forgotten), full (all, for a GPU), tune, small"
@@ -140,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     sub = command("attack", do_attack, "Unlearn, then try to get it back: prompts, samples, rounding, relearning.")
-    model_options(sub)
+    grid_options(sub)
     sub.add_argument("--forget", default="imaginary-authors", help="imaginary-authors, tofu-forget01, 05 or 10")
     sub.add_argument("--size", default="cpu", help="cpu, full, tune or small, as in tofu")
     sub.add_argument("--methods", nargs="+", default=ATTACKED, help="some of methods.METHODS")
@@ -149,7 +153,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--results", type=Path, default=Path("assets/results/attacks.json"), help="results file")
 
     sub = command("wmdp", do_wmdp, "Multiple choice before and after forgetting: WMDP and MMLU, or school subjects.")
-    model_options(sub)
+    grid_options(sub)
     sub.add_argument(
         "--forget", default="auto", help="wmdp-cyber, wmdp-bio, school (needs no hub), auto: wmdp-cyber or school"
     )
@@ -162,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--results", type=Path, help="results file (default: assets/results/FORGET.json)")
 
     sub = command("muse", do_muse, "MUSE: what is left of news or books, by the size of the forget set or by rounds.")
-    model_options(sub)
+    grid_options(sub)
     sub.add_argument("--forget", default="muse-news", help="muse-news or muse-books")
     sub.add_argument("--methods", nargs="+", default=["alter", "alter_selective"], help="some of methods.METHODS")
     sub.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="random seeds")
@@ -175,7 +179,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--results", type=Path, help="results file (default: assets/results/FORGET.json)")
 
     sub = command("ablation", do_ablation, "Take parts out of ALTER one by one, and change its numbers.")
-    model_options(sub)
+    grid_options(sub)
     sub.add_argument("--forget", default="imaginary-authors", help="imaginary-authors, tofu-forget01, 05 or 10")
     sub.add_argument("--size", default="tune", help="cpu, full, tune or small, as in tofu")
     sub.add_argument("--method", default="alter_selective", help="alter or alter_selective")
@@ -370,7 +374,8 @@ def how_of(args, bars, overrides: dict | None = None):
         args.dtype = "float32" if device == "cpu" else choose_dtype("auto", device)
     stop = Stop("this step; finished items are kept")
     return How(
-        args.results, overrides or {}, args.device, args.dtype, bars.step, bars.stage, lambda: stop.asked
+        args.results, overrides or {}, args.device, args.dtype, bars.step, bars.stage, lambda: stop.asked,
+        timed=not args.untimed,
     )  # fmt: skip
 
 

@@ -117,6 +117,7 @@ class How:
     should_stop: Callable[[], bool] = lambda: False
     load_in_4bit: bool = False
     retain_model: str | None = None  # that never saw the forget set, beside a model that has learned it already
+    timed: bool = True  # False: other work runs beside, so the seconds say nothing
 
     @property
     def loaded(self) -> dict:
@@ -259,6 +260,8 @@ class Bench:
         if run is not None:
             m = run.metrics
             entry |= {k: m[k] for k in ("steps", "stopped", "seconds", "peak_memory_mb", "date")}
+            if not self.how.timed:
+                del entry["seconds"]
             entry["probe"] = [h["probe"] for h in m["history"] if "probe" in h]
         if not overrides.keys() - MARKS:  # takes the place of one that ran with other settings
             self.results["runs"] = [r for r in self.results["runs"] if r["id"] != entry["id"]]

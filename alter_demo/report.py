@@ -57,7 +57,10 @@ def loaded_as(results: dict) -> list[str]:
     """Options that say which model the results are of, and how it was loaded, where they are not the usual ones."""
     asked = results["runs"][0]["config"]
     found = [] if asked["model"] == "smollm2-135m" else ["--model", asked["model"]]
-    for name, value in (asked.get("loaded") or {}).items():
+    loaded = dict(asked.get("loaded") or {})
+    if "dtype" not in loaded and any("threads" not in r.get("hardware", "threads") for r in results["runs"]):
+        loaded["dtype"] = "float32"  # the usual one on a CPU alone
+    for name, value in loaded.items():
         found += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
     return found
 
@@ -217,7 +220,8 @@ def drawings_of(results: dict) -> dict[str, Callable]:
     """The drawings that these results have the numbers for."""
     bases = {run["method"] for run in results["runs"]} & set(figures.COST_BASES)
     drawn = kind_of(results).drawings if any(run["metrics"] for run in results["runs"]) else {}
-    return {name: draw for name, draw in drawn.items() if name != "cost" or bases}
+    timed = any("seconds" in run for run in results["runs"])
+    return {name: draw for name, draw in drawn.items() if name != "cost" or (bases and timed)}
 
 
 def fill(text: str, name: str, table: str) -> str:

@@ -128,12 +128,13 @@ def markdown(results: dict) -> str:
     """The medians as a Markdown table, best methods in the order of the table of methods."""
     table = medians(results)
     rows, columns = [], [k for k in SHOWN if table[k].notna().any()]
+    costs = {k: v for k, v in {"seconds": "seconds", "MB": "peak MB"}.items() if table[k].notna().any()}
     for method, row in table.iterrows():
         cells = ["" if pd.isna(row[k]) else f"{row[k]:.3g}" for k in columns]
-        spent = ["" if pd.isna(row[k]) else f"{row[k]:.0f}" for k in ("seconds", "MB")]
+        spent = ["" if pd.isna(row[k]) else f"{row[k]:.0f}" for k in costs]
         seeds = f"{row['seeds']:.0f}" + (f" ({row['diverged']:.0f} diverged)" if row["diverged"] else "")
         rows.append([f"**{method}**" if method in OURS else method, *cells, *spent, seeds])
-    lines = pipes(["method", *(SHOWN[k] for k in columns), "seconds", "peak MB", "seeds"], rows)
+    lines = pipes(["method", *(SHOWN[k] for k in columns), *costs.values(), "seeds"], rows)
     front, rivals = pareto(table), table.index.difference(list(REFERENCES))
     name = SHOWN[forgetting(table)].removesuffix(" p")
     verdict = f" Not dominated in (utility, {name}): {', '.join(front)}." if len(rivals) > 1 else ""
@@ -268,7 +269,8 @@ def accuracies(results: dict) -> pd.DataFrame:
         for r in runs
     ]  # fmt: skip
     table = pd.DataFrame(rows).groupby("method", sort=False)
-    return table.median(numeric_only=True).drop(columns="seed").assign(seeds=table["seed"].nunique())
+    found = table.median(numeric_only=True).drop(columns="seed").dropna(axis=1, how="all")
+    return found.assign(seeds=table["seed"].nunique())
 
 
 def choice_markdown(results: dict) -> str:
@@ -302,7 +304,8 @@ def ablated(results: dict) -> pd.DataFrame:
     if len({r["method"] for r in variants(results)}) > 1:
         raise UserError("The results file mixes variants of two methods: one file for each (--results).")
     table = pd.DataFrame(rows)
-    return table.astype({k: float for k in table if k != "variant"}).groupby("variant", sort=False).median()
+    table = table.astype({k: float for k in table if k != "variant"}).groupby("variant", sort=False).median()
+    return table if table["seconds"].notna().any() else table.drop(columns="seconds")
 
 
 def ablation_markdown(results: dict) -> str:

@@ -68,6 +68,18 @@ def test_a_grid_goes_on_where_it_stopped(small, tmp_path):
     assert after[1]["metrics"]["forget_quality"] == 1.0 and after[1]["metrics"]["privleak"] == 0.0
 
 
+def test_seconds_of_a_busy_machine_are_not_kept(small, tmp_path):
+    path = tmp_path / "r.json"
+    results = grid.grid(small, ["grad_diff"], [0], How(path, {**FEW, "batch_size": 1}, timed=False))
+    run = results["runs"][-1]
+    assert run["method"] == "grad_diff" and "seconds" not in run and "peak_memory_mb" in run
+    for run in results["runs"]:
+        run["config"]["overrides"] = {}
+    head = tables.markdown(results).splitlines()[0]
+    assert "seconds" not in head and "peak MB" in head
+    assert set(report.drawings_of(results)) == {"tradeoff"}
+
+
 def test_what_ran_with_other_settings_is_run_again(small, tmp_path, monkeypatch):
     path = tmp_path / "r.json"
     few = {"max_steps": 1, "batch_size": 2}
