@@ -69,6 +69,7 @@ def bench(
     seconds: dict[str, list[float]] = {m: [] for m in methods}
     steppers, peaks, on_gpu = {}, {}, device.startswith("cuda")
     for method in methods:
+        gc.collect()  # of what was there before, nothing must go while the peak is watched
         held = torch.cuda.memory_allocated() if on_gpu else 0
         steppers[method] = make_step(load(model, device, dtype, load_in_4bit), method)
         gc.collect()

@@ -109,7 +109,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--run", type=Path, help="folder of a run (default: the newest in runs/)")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
-    sub = command("bench", do_bench, "Time and memory of a step and of generation, beside LoRA and full fine-tuning.")
+    sub = command(
+        "bench", do_bench,
+        "Time and memory of a step and of generation, beside LoRA and full fine-tuning. --model zephyr-7b and "
+        "llama-3-8b are filled at random.",
+    )  # fmt: skip
     model_options(sub)
     sub.add_argument("--load-in-4bit", action="store_true", help="4-bit base, needs bitsandbytes")
     sub.add_argument("--steps", type=int, default=5, help="rounds, alternated")

@@ -91,7 +91,7 @@ def test_every_sub_domain_gets_refusals():
 def test_forced_routes(tiny, made):
     run = unlearn(str(tiny), made, UnlearnConfig(n_experts=2, threshold="auto"), quick(), folder=None, evaluate=False)
     logits = {}
-    ids = torch.tensor([[5, 6, 7, 8]])
+    ids = torch.tensor([[5, 6, 7, 8]], device=run.lm.device)
     for force in (None, "off", "r", 1, 2):
         with run.only(force), torch.no_grad():
             logits[force] = run.model(input_ids=ids).logits
