@@ -386,7 +386,11 @@ def costs(results: dict) -> pd.DataFrame:
 
 def costs_markdown(results: dict) -> str:
     table = costs(results)
-    rows = [["" if pd.isna(v) else v if isinstance(v, str) else f"{v:.4g}" for v in row] for row in table.to_numpy()]
+    shape = {c: "{:.0f}" if "MB" in c else "{:.3g}" for c in table.columns}
+    rows = [
+        ["" if pd.isna(v) else v if isinstance(v, str) else shape[c].format(v) for c, v in row.items()]
+        for _, row in table.iterrows()
+    ]
     return pipes(list(table.columns), rows)
 
 
