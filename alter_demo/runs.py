@@ -30,7 +30,7 @@ from .errors import UserError
 from .methods import Method, get_method
 from .models import LM, MODELS, RUN_NAME, check_adapter, kept_memory, load_model, need_disk, peak_mb, quiet, reset_peak
 from .routing import chosen, route
-from .subdomains import discover, domain_map, fit_gate, sample_features
+from .subdomains import contexts, discover, domain_map, fit_gate, sample_features
 from .tokens import TokenRecord, token_records
 from .training import (
     TOP,
@@ -430,9 +430,8 @@ def prepare(
             gate, alter.gate_threshold = torch.zeros_like(gate), 0.5
             gate[:, -1] = torch.tensor([-1e4, 1e4])
         ready.alter, ready.gate = alter, gate
-        contexts = [sample_features(r, alter)[s.turn - 1].numpy() for r, s in zip(records, forget, strict=False)]
         texts = [i.question or i.answer[:80] for i in source for _ in render(lm.tokenizer, i)]
-        drawn = domain_map(np.stack(contexts), np.array([s.label for s in forget]), texts)
+        drawn = domain_map(contexts(records[: len(forget)], forget, alter), np.array([s.label for s in forget]), texts)
         ready.report = {
             "threshold": alter.threshold,
             "uncertain_share": round((at_answers > alter.threshold).float().mean().item(), 4),

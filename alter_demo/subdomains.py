@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -31,14 +32,13 @@ def discover(records: list[Record], samples: list[Sample], config, n_experts: in
     Returns:
         labels (n,) from 1 to N, and the silhouette of every N that was tried ({} if N was set by hand or n < 4).
     """
-    context = torch.stack([sample_features(r, config)[s.turn - 1] for r, s in zip(records, samples, strict=True)])
-    x = normalize(context.numpy())
+    x = normalize(contexts(records, samples, config))
     fits, scores = {}, {}
     for n in [n_experts] if n_experts else range(2, min(MAX_EXPERTS, len(x) - 1) + 1):
         if n == 1:
             continue
         fits[n] = KMeans(min(n, len(x)), n_init=4, random_state=seed).fit_predict(x)
-        if not n_experts:
+        if not n_experts and len(set(fits[n])) > 1:  # one where all samples are alike
             scores[n] = float(silhouette_score(x, fits[n]))
     if n_experts:
         return fits.get(n_experts, np.zeros(len(x), int)) + 1, {}
@@ -52,6 +52,14 @@ def sample_features(record: Record, config) -> torch.Tensor:
     """(T, F) router features of one sample."""
     mask = torch.ones(1, len(record.entropy))
     return features(record.hidden[None], record.entropy[None], mask, config)[0][0]
+
+
+def contexts(records: list[Record], samples: list[Sample], config) -> np.ndarray:
+    """(n, D) of each sample where the assistant's turn starts; sub-domains are topics, also where the gate reads the
+    entropy alone."""
+    config = replace(config, router_input="context")
+    pairs = zip(records, samples, strict=True)
+    return np.stack([sample_features(r, config)[s.turn - 1].numpy() for r, s in pairs])
 
 
 def fit_gate(records: list[Record], samples: list[Sample], config, seed: int):

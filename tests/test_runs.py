@@ -119,6 +119,10 @@ def test_parts_can_be_taken_out(tiny, made):
     assert unmasked.metrics["phase_one"]["uncertain_share"] == 0 < whole.metrics["phase_one"]["uncertain_share"]
     mixed = run(isolation=False)
     assert any((a != b).any() for a, b in zip(learned(mixed, "_B."), learned(whole, "_B."), strict=True))
+    literal = run(router_input="entropy")
+    assert literal.router.alter_gate["default"].shape[1] == 2  # the entropy and the bias
+    found = [r.metrics["phase_one"]["sub_domains"] for r in (literal, whole)]
+    assert found[0] == found[1] and len(found[0]) > 1  # by topic, whatever the gate reads
     layers = whole.lm.model.config.num_hidden_layers
     for name, share in (("attention", 4 / 7), ("mlp", 3 / 7), ("last_third", (layers // 3) / layers)):
         assert len(learned(run(layers=name), "_B.")) == round(share * len(learned(whole, "_B."))), name
