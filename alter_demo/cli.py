@@ -596,6 +596,8 @@ def plain(text: str) -> str:
 
 def show_run(run) -> None:
     """The table that ends `unlearn`."""
+    from .runs import shortfalls
+
     before, after = run.metrics["before"], run.metrics["after"]
     table = new_table("group", "items", "probability", "ROUGE-L", "like the base's", "repetition")
     for group, b in before.items():
@@ -616,3 +618,5 @@ def show_run(run) -> None:
         f"Unlearned in {seconds['unlearn']} s ({run.metrics['steps']} steps, {run.metrics['stopped']}), "
         f"measured in {seconds['evaluate']} s on {run.metrics['hardware']}. Everything is in {run.path}."
     )
+    for told in shortfalls(run.metrics):
+        console().print(told)

@@ -211,6 +211,9 @@ def unlearn_job(model, forget, upload, method, steps, rank, experts, limit, seed
         f"Done: {m['steps']} steps in {m['seconds']['unlearn']} s, {plain(m['stopped'])}, on {plain(m['hardware'])}. "
         f"The run lies in {plain(str(path))}."
     )
+    from .runs import shortfalls
+
+    done = " ".join([done, *shortfalls(m)])
     answers = json.loads((path / "answers.json").read_text(encoding="utf-8"))
     table = [[r["group"].replace("_", " "), r["question"], r["before"], r["after"]] for r in answers]
     yield (

@@ -50,6 +50,7 @@ RUNS = Path("runs")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "scikit-learn")
 PROBE_ITEMS = 12
 NEVER_ITEMS = 24
+WIDE_OPEN = 0.8  # share of unseen forget samples that open the gate, below which a person is told
 PROBE_WRONG = 2  # wrong answers an item
 LIVE_TOKENS = 24  # of an answer while training goes on
 
@@ -466,6 +467,20 @@ def prepare(
     sizes = {"forget": forget, "retain": keep, "general": general, "instead": ready.instead}
     ready.report["samples"] = {k: len(v) for k, v in sizes.items()}
     return ready
+
+
+def shortfalls(metrics: dict) -> list[str]:
+    """What a person should know about a run beside its figures, one sentence each; [] where nothing is amiss."""
+    found, alter = [], metrics["config"]["alter"]
+    opened = metrics["phase_one"].get("router", {}).get("forget_open_at_answer")
+    if alter.get("gate") == "two_level" and opened is not None and opened < WIDE_OPEN:
+        found.append(
+            f"The gate opens on {opened:.0%} of unseen forget samples only. Where it stays shut nothing is forgotten: "
+            "what is to stay is too like what is to go. Method alter acts everywhere, on all else too."
+        )
+    if metrics["stopped"] == "all steps done":
+        found.append("All steps were done before the forget probe reached its target: allow more of them.")
+    return found
 
 
 def where_tokens_go(records: list[Record], samples: list[Sample], alter: AlterConfig) -> dict:

@@ -10,10 +10,10 @@ from conftest import FEW, quick
 
 from alter_demo import METHOD_NAMES, data, load_model, load_run, runs, unlearn
 from alter_demo.answers import greedy, log_probs
-from alter_demo.cli import main
+from alter_demo.cli import main, show_run
 from alter_demo.errors import UserError
 from alter_demo.methods import METHODS
-from alter_demo.runs import UnlearnConfig
+from alter_demo.runs import UnlearnConfig, shortfalls
 from alter_demo.teaching import LearnConfig, learn
 from alter_demo.training import Pairs
 
@@ -97,6 +97,22 @@ def test_forced_routes(tiny, made):
             logits[force] = run.model(input_ids=ids).logits
     assert torch.equal(logits["off"], load_model(str(tiny)).model(ids).logits)
     assert not torch.equal(logits["r"], logits["off"]) and not torch.equal(logits[1], logits[2])
+
+
+def test_what_a_run_falls_short_of_is_told(tiny, made, capsys):
+    run = unlearn(str(tiny), made, UnlearnConfig(threshold="auto"), quick(), folder=None)
+    run.metrics["phase_one"]["router"]["forget_open_at_answer"] = 1.0
+    run.metrics["stopped"] = "the probe reached its target"
+    assert shortfalls(run.metrics) == []
+    run.metrics["phase_one"]["router"]["forget_open_at_answer"] = 0.25
+    run.metrics["stopped"] = "all steps done"
+    gate, steps = shortfalls(run.metrics)
+    assert "opens on 25% of unseen forget samples only" in gate and "allow more" in steps
+    published = unlearn(str(tiny), made, UnlearnConfig("alter"), quick("alter"), folder=None)
+    published.metrics["phase_one"]["router"]["forget_open_at_answer"] = 0.25  # it acts everywhere
+    assert not any("gate" in told for told in shortfalls(published.metrics))
+    show_run(run)
+    assert "opens on 25% of" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_parts_can_be_taken_out(tiny, made):
