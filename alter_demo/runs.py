@@ -288,6 +288,8 @@ def unlearn(
         "seed": train.seed,
         "data": {"forget_set": made.name, **{k: len(v) for k, v in groups.items()}},
         "model": lm.name,
+        "dtype": lm.dtype,
+        "load_in_4bit": lm.in_4bit,
         "adapter": lm.adapter and str(Path(lm.adapter).resolve()),
         "phase_one": ready.report,
         "stopped": stopped,
@@ -779,7 +781,8 @@ def load_run(path: Path | str, lm: LM | None = None) -> Run:
         name = stored["model"]
     except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
         raise UserError(f"{path / 'metrics.json'} is damaged: make the run again.") from None
-    lm = lm or load_model(name, adapter=stored.get("adapter"))
+    how = {"dtype": stored.get("dtype", "auto"), "load_in_4bit": stored.get("load_in_4bit", False)}
+    lm = lm or load_model(name, adapter=stored.get("adapter"), **how)  # in another precision it says other things
     if whole:
         run = Run(lm, load_model(str(path / "model"), lm.device, lm.dtype).model, stored, path)
         run.untouched = lm.model

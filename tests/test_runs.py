@@ -99,6 +99,12 @@ def test_forced_routes(tiny, made):
     assert not torch.equal(logits["r"], logits["off"]) and not torch.equal(logits[1], logits[2])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # one of them is not what `auto` takes here
+def test_a_run_loads_in_its_own_precision(tiny, made, tmp_path, dtype):
+    unlearn(str(tiny), made, UnlearnConfig(threshold="auto"), quick(), "r", tmp_path, dtype=dtype)
+    assert load_run(tmp_path / "r").lm.dtype == dtype
+
+
 def test_what_a_run_falls_short_of_is_told(tiny, made, capsys):
     run = unlearn(str(tiny), made, UnlearnConfig(threshold="auto"), quick(), folder=None)
     run.metrics["phase_one"]["router"]["forget_open_at_answer"] = 1.0
