@@ -58,7 +58,8 @@ def loaded_as(results: dict) -> list[str]:
     asked = results["runs"][0]["config"]
     found = [] if asked["model"] == "smollm2-135m" else ["--model", asked["model"]]
     loaded = dict(asked.get("loaded") or {})
-    if "dtype" not in loaded and any("threads" not in r.get("hardware", "threads") for r in results["runs"]):
+    machines = {r["hardware"] for r in results["runs"] if r.get("hardware")}
+    if "dtype" not in loaded and any("(float32)" in m and "threads" not in m for m in machines):
         loaded["dtype"] = "float32"  # the usual one on a CPU alone
     for name, value in loaded.items():
         found += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
