@@ -28,6 +28,7 @@ from .models import (
     choose_dtype,
     contiguous,
     four_bit,
+    let_gradients_pass,
     load_model,
     model_errors,
     need_memory,
@@ -147,9 +148,8 @@ def pack(model, dtype) -> None:
             )
             how = {"requires_grad": False, "quant_type": "nf4", "compress_statistics": False}
             packed.weight = bitsandbytes.nn.Params4bit(module.weight.data, **how)
-            if hasattr(packed, "support_avx512bf16_for_cpu"):
-                packed.support_avx512bf16_for_cpu = False
             model.set_submodule(name, packed.to(device))
+    let_gradients_pass(model)
     model.is_loaded_in_4bit = True  # PEFT asks
 
 

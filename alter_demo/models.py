@@ -171,15 +171,20 @@ def load_model(
             model = merge(model, Path(adapter))
         if not load_in_4bit:
             model = model.to(device)
-        for module in model.modules():  # bitsandbytes repacks for inference on a CPU, and no gradient passes that
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+        let_gradients_pass(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.get_output_embeddings().register_forward_pre_hook(contiguous)
     for layer in max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len, default=[model]):
         layer.register_forward_pre_hook(give_up)
     return LM(model.eval(), tokenizer, name, device, dtype, str(adapter) if adapter else None, load_in_4bit)
+
+
+def let_gradients_pass(model) -> None:
+    """bitsandbytes repacks 4-bit weights for inference on a CPU, and no gradient passes those."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def give_up(module, args):

@@ -26,6 +26,7 @@ TABS = ("example", "unlearn", "compare", "xray", "clouds", "router", "evidence",
 # gradio_client may ask for jobs too, and waits its turn
 ONE_JOB = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "undocumented"}
 AT_ONCE = {"queue": False, "api_visibility": "private"}
+FIRST_RESULTS = "imaginary-authors-gpu"  # all methods, three seeds: what most people come for
 WAITING = 64  # visitors in the queue; each sees his place in it
 # the address names run, tab and question, so that it can be sent to somebody
 REMEMBER = """(run, tab, prompt) => {
@@ -326,9 +327,6 @@ def evidence_tab(evidence) -> None:
     view = {"fn": evidence_view, "inputs": file, "outputs": [table, first, second, status], "show_progress": "hidden"}
     evidence.select(results_files, None, file, show_progress="hidden", **AT_ONCE).then(**view, **AT_ONCE)
     file.input(**view, **AT_ONCE)
-
-
-FIRST_RESULTS = "imaginary-authors-gpu"  # all methods, three seeds: what most people come for
 
 
 def results_files() -> gr.Dropdown:
