@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from transformers import DynamicCache, GenerationConfig
 from .data import SETS, ForgetSet, Item, Sample, asked_differently, collate, load_forget_set, render, render_prompt
 from .errors import UserError
 from .models import LM, cache_dir
+from .results import write_json
 from .training import length_batches
 
 OWN_TOKENS = 64  # length of a recorded answer
@@ -253,22 +252,6 @@ def stamp(*folders: str | Path) -> str:
         for f, s in zip(files, small, strict=True)
     ]
     return hashlib.sha256(repr(marks).encode()).hexdigest()[:8] if files else ""
-
-
-def write_json(path: Path, value, indent: int | None = 1) -> None:
-    """Write aside, then rename: a reader never sees half a file. Raises UserError when the disk refuses."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as handle:
-            aside = Path(handle.name)
-            json.dump(value, handle, ensure_ascii=False, indent=indent)
-        try:
-            aside.chmod(0o644)  # temporary files are their owner's alone
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} could not be written ({error.strerror}): make room there.") from None
 
 
 def record(lm: LM, path: Path | None = None, tick=None) -> Path:

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Mi
 
 from . import losses
 from .adapter import AlterConfig
-from .answers import write_json
 from .errors import UserError
 from .models import (
     LM,
@@ -35,7 +34,7 @@ from .models import (
     peak_mb,
     reset_peak,
 )
-from .results import read_results
+from .results import updating
 from .routing import Plan
 from .training import router_state
 
@@ -111,14 +110,13 @@ def bench(
 
 def store(result: dict, path: Path) -> None:
     """Put what `bench` found into a results file, in place of the same measurement on the same hardware."""
-    results = read_results(path)
     own = json.dumps([result["settings"], result["hardware"]], sort_keys=True)
     parts = ("step_seconds", "peak_memory_mb", "tokens_per_second", "ratio")
     metrics = {f"{part}_{k}": v for part in parts for k, v in result[part].items()}
     entry = {"id": own, "method": "bench", "seed": 0, "metrics": metrics, "config": result["settings"]}
-    results["runs"] = [r for r in results["runs"] if r["id"] != own]
-    results["runs"].append(entry | {"hardware": result["hardware"], "date": time.strftime("%Y-%m-%d")})
-    write_json(path, results)
+    entry |= {"hardware": result["hardware"], "date": time.strftime("%Y-%m-%d")}
+    with updating(path) as results:
+        results["runs"] = [r for r in results["runs"] if r["id"] != own] + [entry]
 
 
 def load(model: str, device: str, dtype: str, load_in_4bit: bool = False) -> LM:

@@ -299,6 +299,10 @@ def do_bench(args) -> None:
 
     if args.steps < 1:
         raise UserError("bench needs at least 1 step.")
+    if args.results:
+        from .results import read_results
+
+        read_results(args.results)  # damaged: now, not after the work
     result = bench(args.model, args.steps, args.device, args.dtype, load_in_4bit=args.load_in_4bit)
     if args.results:
         store(result, args.results)
@@ -610,8 +614,8 @@ def show_run(run) -> None:
     names = ("model_utility", "forget_quality", "extraction_strength", "forget_truth_ratio", "privleak")
     flat = [(k, before["summary"][k], after["summary"][k]) for k in names if k in after.get("summary", {})]
     console().print("   ".join(f"{k} {b:.3g} → {a:.3g}" for k, b, a in flat))
-    if "retain_model" in run.metrics:
-        p = run.metrics["retain_model"]["forget"]["probability"]
+    if asked := run.metrics.get("retain_model", {}).get("forget"):
+        p = asked["probability"]
         console().print(f"The retain-only model gives the forget answers a probability of {p:.4f}.")
     seconds = run.metrics["seconds"]
     console().print(

@@ -415,13 +415,15 @@ def make_item(row, where: str) -> Item:
         found = ", ".join(map(str, row)) or "nothing"
         raise UserError(f"{where}: {' and '.join(missing)} missing (found: {found}); give question,answer or text.")
     known = {k: row[k] for k in ("question", "answer", "paraphrased_question", "paraphrased_answer") if row.get(k)}
-    for key in ("question", "answer"):
-        if not isinstance(row[key], str):
-            raise UserError(f"{where}: {key} must be text, and it is a {type(row[key]).__name__}.")
+    perturbed = row.get("perturbed_answer") or []
+    perturbed = perturbed if isinstance(perturbed, list) else []
+    texts = {k: row[k] for k in ("question", "answer")} | known
+    for key, value in [*texts.items(), *(("perturbed_answer", p) for p in perturbed)]:
+        if not isinstance(value, str):
+            raise UserError(f"{where}: {key} must be text, and it is a {type(value).__name__}.")
     if not row["answer"].strip():
         raise UserError(f"{where}: the answer is empty.")
-    perturbed = row.get("perturbed_answer") or []
-    return Item(**{"question": "", **known}, perturbed_answer=list(perturbed) if isinstance(perturbed, list) else [])
+    return Item(**{"question": "", **known}, perturbed_answer=perturbed)
 
 
 # ------------------------------------------------------------------------------------------------- rendering

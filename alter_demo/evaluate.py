@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 
 from . import metrics
-from .answers import answer_scores, greedy, write_json
+from .answers import answer_scores, greedy
 from .data import Item
 from .errors import UserError
+from .results import write_json
 
 Log = dict[str, pd.DataFrame]
 FORGOTTEN = ("forget", "forget_held_out", "holdout")  # all other groups are to be kept

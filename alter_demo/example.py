@@ -6,10 +6,9 @@ import json
 import time
 from pathlib import Path
 
-from .answers import write_json
 from .data import EXAMPLE
 from .errors import UserError
-from .results import read_results
+from .results import read_results, updating, write_json
 from .tokens import word_counts
 from .xray import xray_data
 
@@ -64,7 +63,8 @@ def store_words(run, path: Path, items: int = WORD_ITEMS) -> dict:
     Raises:
         UserError: the run has no router or no answers; a damaged file.
     """
-    threshold, results = run.router.config.threshold, read_results(path)
+    read_results(path)  # damaged: now, not after the work
+    threshold = run.router.config.threshold
     rows = json.loads((run.path / "answers.json").read_text(encoding="utf-8"))
     counts, metrics = {}, {}
     for group in ("forget", "general"):
@@ -80,6 +80,6 @@ def store_words(run, path: Path, items: int = WORD_ITEMS) -> dict:
         "config": {"forget": run.metrics["data"]["forget_set"], "model": run.metrics["model"], "items": items,
                    "threshold": threshold}, "hardware": run.lm.hardware, "words": counts,
     }  # fmt: skip
-    results["runs"] = [r for r in results["runs"] if r["id"] != entry["id"]] + [entry]
-    write_json(path, results)
+    with updating(path) as results:
+        results["runs"] = [r for r in results["runs"] if r["id"] != entry["id"]] + [entry]
     return results

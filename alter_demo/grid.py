@@ -10,6 +10,7 @@ import gc
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -17,13 +18,13 @@ from pathlib import Path
 from . import evaluate as evaluation
 from . import metrics
 from .adapter import MAX_EXPERTS
-from .answers import adapt, is_right, own_answers, own_file, stamp, write_json
+from .answers import adapt, is_right, own_answers, own_file, stamp
 from .data import ForgetSet, adapters, load_forget_set
 from .entropy import PUBLISHED_THRESHOLD
 from .errors import Diverged, UserError
 from .methods import METHODS
 from .models import MODELS, cache_dir, load_model
-from .results import SIZES, TAUGHT, read_results
+from .results import SIZES, TAUGHT, read_results, updating
 from .runs import LAYERS, UnlearnConfig, check_config, check_method, next_round, split_probe, unlearn
 from .teaching import LearnConfig, learn
 from .training import TrainConfig, train_config
@@ -31,6 +32,7 @@ from .training import TrainConfig, train_config
 TOFU_GROUPS = ("forget", "retain", "real_authors", "world_facts", "holdout")
 OTHER_GROUPS = ("forget", "retain", "general", "holdout")  # without TOFU's real authors and world facts
 KNOWN_GROUPS = ("forget", "forget_held_out", "neighbours", "general")  # of what is known from pre-training
+FULL_PASSES = 5  # over a taught set where all of it is measured, as in TOFU: the methods' own steps are for a small one
 
 
 @dataclass
@@ -89,7 +91,8 @@ def taught(config: GridConfig, made: ForgetSet, device: str, dtype: str, on_step
         else f"{Path(config.model).name}-{mark((config.model, stamp(config.model)))}"
     )
     items = mark([(i.question, i.answer) for i in (*made.retain, *made.trained_on)])
-    name = f"{made.name}-{config.retain_items or 'all'}-{model}-{config.epochs}-{items}"
+    usual = dtype in ("auto", "float32")
+    name = f"{made.name}-{config.retain_items or 'all'}-{model}-{config.epochs}-{items}{'' if usual else '-' + dtype}"
     folders = {which: cache_dir() / "taught" / name / which for which in TAUGHT}
     for which, folder in folders.items():
         if not (folder / "adapter_config.json").is_file():
@@ -143,13 +146,16 @@ class How:
 class Bench:
     """A benchmark ready to run: the set, the target and the retain-only model with their logs, the results so far.
 
-    `names`: the groups to measure, where they are not the usual ones; then a set that nobody was taught will do.
-
+    Args:
+        groups: what to measure, where that is not the usual.
+        untaught: a set that nobody was taught will do.
     Raises:
         UserError: an unknown method, a bad setting, a damaged results file, no data, a set that nobody was taught.
     """
 
-    def __init__(self, config: GridConfig, methods: list[str], how: How, names: tuple[str, ...] | None = None):
+    def __init__(
+        self, config: GridConfig, methods: list[str], how: How, groups: tuple[str, ...] | None = None, untaught=False
+    ):
         self.config, self.how = config, how
         for method, values in itertools.product(methods, how.settings):
             configs(method, values)  # bad values now, not after an hour
@@ -157,14 +163,16 @@ class Bench:
         self.made = load_forget_set(config.forget).smaller(config.retain_items)
         for method in methods:
             check_method(method, self.made, how.load_in_4bit)
-        if not (self.made.learned or self.made.known or names):
+        if not (self.made.learned or self.made.known or untaught):
             raise UserError(
                 f"{config.forget} was not taught to the model: the grid needs TOFU, imaginary-authors or harry-potter."
             )
         self.seen: dict = {}  # what the frozen target said about each sample
-        self.names = TOFU_GROUPS if "real_authors" in self.made.more else OTHER_GROUPS
-        if names or self.made.known:
-            self.names = names or KNOWN_GROUPS
+        usual = TOFU_GROUPS if "real_authors" in self.made.more else OTHER_GROUPS
+        self.groups = groups or (KNOWN_GROUPS if self.made.known else usual)
+        # the same name may stand for other weights tomorrow
+        found = "" if config.model in MODELS else stamp(config.model)
+        self.weights = {"weights": found} if found else {}
 
     def prepare(self) -> None:
         """Teach and measure the two reference models, or take them from the cache."""
@@ -175,7 +183,7 @@ class Bench:
             self.folders = taught(config, self.made, how.device, how.dtype, how.on_step, how.on_stage)
         lm = self.reference("target")
         groups = split_probe(adapt(self.made, lm))[1].limited(config.limit, config.kept).evaluation()
-        groups = {name: groups[name] for name in self.names}
+        groups = {name: groups[name] for name in self.groups}
         self.hardware = lm.hardware
         self.ignorance = ignorance(self.made, lm) if self.made.known else None
         del lm
@@ -208,13 +216,32 @@ class Bench:
         return found
 
     def key(self, method: str, seed: int, overrides: dict) -> str:
-        """What tells an item from all others: also how its model was loaded, where that is not the usual way."""
-        loaded = [self.how.loaded] if self.how.loaded else []
-        return json.dumps([method, seed, asdict(self.config), overrides, *loaded], sort_keys=True)
+        """What tells an item from all others: also which weights, and how they were loaded, where that is unusual."""
+        loaded = self.how.loaded | self.weights
+        return json.dumps([method, seed, asdict(self.config), overrides, *([loaded] if loaded else [])], sort_keys=True)
+
+    def configs(self, method: str, seed: int, values: dict) -> tuple[UnlearnConfig, TrainConfig]:
+        """`configs` for this set: FULL_PASSES at least, and as many retain samples, where all of it is measured."""
+        asking, train = configs(method, values, seed=seed)
+        if self.config.limit is None and self.made.learned and "max_steps" not in values:
+            steps = math.ceil(FULL_PASSES * len(self.made.trained_on) / train.batch_size)
+            train = replace(train, max_steps=max(train.max_steps, steps))
+            asking = replace(asking, retain=max(asking.retain, train.max_steps * train.batch_size))
+        return asking, train
+
+    def settings(self, method: str, seed: int, overrides: dict) -> dict[str, dict]:
+        """What an item runs with beside its size, as a results file holds it; {} for a reference model."""
+        if (name := method.split("/")[0]) not in METHODS:
+            return {}
+        asking, train = self.configs(name, seed, overrides)
+        size = ("method", "limit", "kept", "groups", "tokens")
+        method = METHODS[name]
+        own = {k: v for k, v in asdict(asking).items() if k not in size} | {"alter": method.alter}
+        return {"train": asdict(train), "unlearn": own | {"threshold": asking.threshold or method.threshold}}
 
     def found(self, method: str, seed: int, overrides: dict) -> dict | None:
         """The item of the results file that ran with the settings that the method has today, if there is one."""
-        now = settings_of(method, seed, overrides)
+        now = self.settings(method, seed, overrides)
         for run in self.results["runs"]:
             stored = [(run["config"].get(part) or {}, own) for part, own in now.items()]
             same = all(own[k] == old[k] for old, own in stored for k in own.keys() & old.keys())
@@ -239,8 +266,8 @@ class Bench:
     ):
         """One run with `values` in place of the method's own, None when stopped by hand: half an item is none."""
         config, how = self.config, self.how
-        size = {"limit": config.limit, "kept": config.kept, "groups": self.names, "tokens": config.tokens}
-        asking, train = configs(method, values, seed=seed, **size)
+        asking, train = self.configs(method, seed, values)
+        asking = replace(asking, limit=config.limit, kept=config.kept, groups=self.groups, tokens=config.tokens)
         run = unlearn(
             lm, made, asking, train, folder=None,
             evaluate=evaluate, before=self.logs["target"], retain_log=self.logs.get("retain"), experts=experts,
@@ -249,38 +276,29 @@ class Bench:
         )  # fmt: skip
         return None if run.metrics["stopped"] == "stopped by hand" else run
 
-    def add(self, method: str, seed: int, metrics: dict, overrides: dict, run=None, **more) -> None:
-        """Put one finished item into the results file."""
+    def add(self, method: str, seed: int, metrics: dict, overrides: dict, run=None, stale=(), **more) -> None:
+        """Put one finished item into the results file, in place of those with one of the ids in `stale`."""
         entry = {"id": self.key(method, seed, overrides), "method": method, "seed": seed}
         entry["metrics"] = {k: round(v, 9) if abs(v) > 1e-6 else v for k, v in metrics.items()}
         entry["config"] = asdict(self.config) | {"overrides": overrides}
-        entry["config"] |= settings_of(method, seed, overrides)
-        entry["config"] |= {"loaded": self.how.loaded} if self.how.loaded else {}
+        entry["config"] |= self.settings(method, seed, overrides)
+        entry["config"] |= ({"loaded": self.how.loaded} if self.how.loaded else {}) | self.weights
         entry |= {"hardware": self.hardware, **more}
         if run is not None:
             m = run.metrics
-            entry |= {k: m[k] for k in ("steps", "stopped", "seconds", "peak_memory_mb", "date")}
+            entry |= {k: m[k] for k in ("steps", "stopped", "seconds", "date")}
+            entry["peak_memory_mb"] = m["training_memory_mb"]  # the frozen pass may have been another item's
             if not self.how.timed:
                 del entry["seconds"]
             entry["probe"] = [h["probe"] for h in m["history"] if "probe" in h]
-        if not overrides.keys() - MARKS:  # takes the place of one that ran with other settings
-            self.results["runs"] = [r for r in self.results["runs"] if r["id"] != entry["id"]]
-        self.results["runs"].append(entry)
-        write_json(self.how.path, self.results)
+        tried = overrides.keys() - MARKS - VARIANTS.get(overrides.get("variant"), {}).keys()
+        if not tried:  # takes the place of one that ran with other settings
+            stale = {*stale, entry["id"]}
+        with updating(self.how.path) as self.results:
+            self.results["runs"] = [r for r in self.results["runs"] if r["id"] not in stale] + [entry]
 
 
-def settings_of(method: str, seed: int, overrides: dict) -> dict[str, dict]:
-    """What an item runs with beside its size, as a results file holds it; {} for a reference model."""
-    if (name := method.split("/")[0]) not in METHODS:
-        return {}
-    asking, train = configs(name, overrides, seed=seed)
-    size = ("method", "limit", "kept", "groups", "tokens")
-    method = METHODS[name]
-    own = {k: v for k, v in asdict(asking).items() if k not in size} | {"alter": method.alter}
-    return {"train": asdict(train), "unlearn": own | {"threshold": asking.threshold or method.threshold}}
-
-
-def configs(method: str, values: dict, seed: int = 0, **size) -> tuple[UnlearnConfig, TrainConfig]:
+def configs(method: str, values: dict, seed: int = 0) -> tuple[UnlearnConfig, TrainConfig]:
     """What an item runs with: the method's defaults with `values` of UnlearnConfig and TrainConfig in their place.
 
     Raises:
@@ -288,7 +306,7 @@ def configs(method: str, values: dict, seed: int = 0, **size) -> tuple[UnlearnCo
     """
     values = {k: v for k, v in values.items() if k not in MARKS}
     own = {f.name for f in fields(UnlearnConfig)}
-    asking = UnlearnConfig(method=method, **size, **{k: v for k, v in values.items() if k in own})
+    asking = UnlearnConfig(method=method, **{k: v for k, v in values.items() if k in own})
     check_config(asking)
     return asking, train_config(method, seed=seed, **{k: v for k, v in values.items() if k not in own})
 
@@ -348,7 +366,6 @@ def sequential(config: GridConfig, methods: list[str], seeds: list[int], rounds:
         if how.should_stop() or all(bench.done(name, seed, overrides) for name in names):
             continue
         stale = {bench.key(name, seed, overrides) for name in names}
-        bench.results["runs"] = [r for r in bench.results["runs"] if r["id"] not in stale]
         lm, experts, so_far = bench.reference("target"), None, []
         for name, part in zip(names, parts, strict=True):
             so_far = so_far + part
@@ -365,7 +382,8 @@ def sequential(config: GridConfig, methods: list[str], seeds: list[int], rounds:
                 break
             if run is None:
                 return bench.results
-            bench.add(name, seed, bench.figures(run.logs["after"]), overrides, run)
+            bench.add(name, seed, bench.figures(run.logs["after"]), overrides, run, stale)
+            stale = ()  # all gone with the first round
             lm, experts = next_round(run)
             del run
     return bench.results

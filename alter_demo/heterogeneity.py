@@ -17,11 +17,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from sklearn.decomposition import PCA
 
-from .answers import write_json
 from .data import Item, load_forget_set, render
 from .errors import UserError
 from .models import LM
-from .results import read_results
+from .results import read_results, updating
 from .teaching import LearnConfig
 from .training import AnswerTrainer, Pairs, arguments, collate_pairs
 
@@ -105,7 +104,8 @@ def store(lm: LM, path: Path, n: int = 4, steps: int = 24, layers: int = 4, seed
     """
     if steps < 1 or not 1 <= layers <= lm.model.config.get_text_config().num_hidden_layers:
         raise UserError("There must be at least 1 step and 1 layer, and no more layers than the model has.")
-    results, sets = read_results(path), domains(n)
+    read_results(path)  # damaged: now, not after the work
+    sets = domains(n)
     started = time.perf_counter()
     weights = fine_tuned(lm, sets, steps, layers, seed=seed)
     seconds, found = time.perf_counter() - started, similarity(weights)
@@ -118,6 +118,6 @@ def store(lm: LM, path: Path, n: int = 4, steps: int = 24, layers: int = 4, seed
         "config": config, "hardware": lm.hardware, "seconds": {"learn": round(seconds, 1)},
         "points": projected(weights).round(5).to_dict("records"),
     }  # fmt: skip
-    results["runs"] = [r for r in results["runs"] if r["id"] != entry["id"]] + [entry]
-    write_json(path, results)
+    with updating(path) as results:
+        results["runs"] = [r for r in results["runs"] if r["id"] != entry["id"]] + [entry]
     return results

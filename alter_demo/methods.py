@@ -54,7 +54,7 @@ class Step:
         return self.sums(log_p - self.frozen_log_p, kind)
 
 
-RETAIN, FORGET, INSTEAD = 0, 1, 2
+RETAIN, FORGET, INSTEAD = 0, 1, 2  # Step.kind
 
 
 # ----------------------------------------------------------------------------------------------------- forgetting
@@ -108,6 +108,9 @@ def entropy_guided(s: Step, c) -> torch.Tensor:
     per_token = losses.FORGETTING[c.forgetting](s.logits[on], s.labels[on])
     domain = s.domain[on]
     return sum(per_token[domain == d].mean() for d in domain.unique())
+
+
+ALONE = (ascent, simnpo, random_labels, inverted_hinge)  # ask nothing of the frozen model
 
 
 # --------------------------------------------------------------------------------------------------------- keeping
@@ -169,6 +172,11 @@ class Method:
     threshold: float | str = "auto"
     guided: bool = True  # False: no entropy, no isolation; all experts learn everywhere
     instead: str = ""  # what is said instead: "refusals", "paired" (to the same question), "novice" (ELM)
+
+    def looks(self, config) -> bool:
+        """Whether it takes anything from the frozen model, so that phase I is worth its time."""
+        alone = {*ALONE, keep} if config.retention == "nll" else {*ALONE}
+        return self.trains in ("alter", "mlp") or not {*self.parts.values()} <= alone
 
 
 WEIGHTS = {"forget": "beta", "retain": "gamma", "structure": "structure", "refusal": "refusal"}

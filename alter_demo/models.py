@@ -90,7 +90,10 @@ def choose_device(device: str = "auto") -> str:
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+    if re.fullmatch(r"cuda:[1-9]\d*", device):  # transformers trains on the first that it sees
+        number = device.removeprefix("cuda:")
+        raise UserError(f"For another GPU set CUDA_VISIBLE_DEVICES={number} and take --device cuda, not {device}.")
+    if device not in ("cpu", "cuda", "cuda:0"):
         raise UserError(f"The device must be auto, cpu or cuda, not {device!r}.")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("CUDA was asked for, but PyTorch sees no GPU here: use --device cpu, or install a CUDA build.")

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock
 
 from .errors import UserError
 
@@ -38,3 +43,38 @@ def read_results(path: Path) -> dict:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise UserError(f"{path} is not a whole results file: restore it (git), or choose another name.") from None
     return results
+
+
+@contextmanager
+def updating(path: Path):
+    """Context that gives the results as they stand in the file now and writes what is made of them. Commands that run
+    side by side may share a file: each waits for the other, and none loses what the other has added.
+
+    Raises:
+        UserError: as `read_results` and `write_json` do.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_name(f".{path.name}.lock")).acquire()
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error.strerror}): choose another file.") from None
+    with lock:
+        results = read_results(path)
+        yield results
+        write_json(path, results)
+
+
+def write_json(path: Path, value, indent: int | None = 1) -> None:
+    """Write aside, then rename: a reader never sees half a file. Raises UserError when the disk refuses."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as handle:
+            aside = Path(handle.name)
+            json.dump(value, handle, ensure_ascii=False, indent=indent)
+        try:
+            aside.chmod(0o644)  # temporary files are their owner's alone
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error.strerror}): make room there.") from None

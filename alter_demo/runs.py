@@ -19,16 +19,29 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 
 from . import evaluate as evaluation
 from .adapter import AlterConfig
 from .answers import RETAIN_TOKENS, adapt, greedy, log_probs
-from .data import ForgetSet, Item, Sample, adapters, load_forget_set, read_set, render
+from .data import ASSETS, ForgetSet, Item, Sample, adapters, load_forget_set, read_set, render
 from .entropy import PUBLISHED_THRESHOLD, entropy_range, resolve_threshold
 from .errors import UserError
 from .methods import Method, get_method
-from .models import LM, MODELS, RUN_NAME, check_adapter, kept_memory, load_model, need_disk, peak_mb, quiet, reset_peak
+from .models import (
+    LM,
+    MODELS,
+    RUN_NAME,
+    cache_dir,
+    check_adapter,
+    kept_memory,
+    load_model,
+    need_disk,
+    peak_mb,
+    quiet,
+    reset_peak,
+)
 from .routing import chosen, route
 from .subdomains import contexts, discover, domain_map, fit_gate, sample_features
 from .tokens import TokenRecord, token_records
@@ -41,6 +54,7 @@ from .training import (
     UnlearnTrainer,
     arguments,
     collate_pairs,
+    not_looked,
     phase_one,
     router_state,
     train_config,
@@ -50,7 +64,7 @@ RUNS = Path("runs")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "scikit-learn")
 PROBE_ITEMS = 12
 NEVER_ITEMS = 24
-WIDE_OPEN = 0.8  # share of unseen forget samples that open the gate, below which a person is told
+WIDE_OPEN = 0.8  # share of held-out forget samples that open the gate, below which a person is told
 PROBE_WRONG = 2  # wrong answers an item
 LIVE_TOKENS = 24  # of an answer while training goes on
 
@@ -196,6 +210,7 @@ def unlearn(
     """Make a model forget, and write `folder/name/` (adapter or model, config.json, metrics.json, logs).
 
     Args:
+        model: a name, or an LM that is used up by it: load it anew for the next run.
         name: of the run, by default from the model, the set and the time. None and `folder=None` write nothing.
         adapter, retain_adapter: LoRA folders of the model that has learned the set and of the one that has learned
             everything but; for `imaginary-authors` on the built-in model they lie in `assets/`.
@@ -227,6 +242,8 @@ def unlearn(
             raise UserError(f"{model} has not learned {made.name}: teach it first (python -m alter_demo learn --help).")
         model = load_model(model, device, dtype, adapter, load_in_4bit)
     lm = model
+    if any(isinstance(m, BaseTunerLayer) for m in lm.model.modules()):
+        raise UserError("This model carries an adapter, so it is not the untouched one any more: load it anew.")
     if target is not None and method.trains in ("full", "mlp"):
         need_disk(target.parent, lm.model.get_memory_footprint() // 2**20 + 50)
     probe_items, made = split_probe(
@@ -252,12 +269,14 @@ def unlearn(
         reset_peak(lm.device)
         ready = prepare(lm, made, config, method, train, stage, seen)
         ready.never = never
+        looking = peak_mb(lm.device)
+        reset_peak(lm.device)
         trained, history, stopped = train_model(
             lm, ready, config, method, train, probe_items, on_step, should_stop, resume, experts,
             live_answers(lm, made, on_answers),
         )  # fmt: skip
         spent = time.perf_counter() - started + sum(r.saved for r in ready.records)  # as if it were the only run
-        seconds["unlearn"], peak = round(spent, 1), peak_mb(lm.device)
+        seconds["unlearn"], training = round(spent, 1), peak_mb(lm.device)
         run = Run(lm, trained, {}, target)
         started = time.perf_counter()
         if evaluate:
@@ -283,14 +302,15 @@ def unlearn(
     run.metrics = {
         **figures(logs),
         "seconds": seconds,
-        "peak_memory_mb": peak,
+        "peak_memory_mb": training and max(looking, training),
+        "training_memory_mb": training,  # without the frozen pass
         "config": {"unlearn": asdict(config), "train": asdict(train), "alter": alter_entries(ready.alter)},
         "seed": train.seed,
         "data": {"forget_set": made.name, **{k: len(v) for k, v in groups.items()}},
         "model": lm.name,
         "dtype": lm.dtype,
         "load_in_4bit": lm.in_4bit,
-        "adapter": lm.adapter and str(Path(lm.adapter).resolve()),
+        "adapter": lm.adapter and portable(Path(lm.adapter)),
         "phase_one": ready.report,
         "stopped": stopped,
         "steps": history[-1]["step"],
@@ -408,7 +428,12 @@ def prepare(
     wanted = config.threshold if config.threshold is not None else method.threshold
     if wanted != "auto":
         resolve_threshold(wanted, torch.empty(0), config.q, text.vocab_size)
-    records = phase_one(lm, samples, alter, tick=lambda a, b: stage("phase I: frozen pass", a / b), seen=seen)
+    if not any(s.label for s in samples):
+        raise UserError(f"{made.name} has no text of two tokens or more, so there is nothing to forget.")
+    if method.looks(train):
+        records = phase_one(lm, samples, alter, tick=lambda a, b: stage("phase I: frozen pass", a / b), seen=seen)
+    else:
+        records = not_looked(samples)
     ready = Prepared(records, forget, [*keep, *general], [], {}, layer=layer)
     if routed:
         at_answers = torch.cat([r.entropy[s.start - 1 : -1] for r, s in zip(records, samples, strict=True)])
@@ -477,7 +502,7 @@ def shortfalls(metrics: dict) -> list[str]:
     opened = metrics["phase_one"].get("router", {}).get("forget_open_at_answer")
     if alter.get("gate") == "two_level" and opened is not None and opened < WIDE_OPEN:
         found.append(
-            f"The gate opens on {opened:.0%} of unseen forget samples only. Where it stays shut nothing is forgotten: "
+            f"The gate opens on {opened:.0%} of held-out forget samples only. Where it is shut nothing is forgotten: "
             "what is to stay is too like what is to go. Method alter acts everywhere, on all else too."
         )
     if metrics["stopped"] == "all steps done":
@@ -715,6 +740,24 @@ def alter_entries(alter: AlterConfig | None) -> dict:
     }
 
 
+def homes() -> dict[str, Path]:
+    """Where adapters lie that other machines have too, by name."""
+    return {"assets": ASSETS.resolve(), "cache": cache_dir().resolve()}
+
+
+def portable(adapter: Path) -> str:
+    """How a run's record names an adapter: `assets:...` and `cache:...` hold in any checkout and on any machine."""
+    adapter = adapter.resolve()
+    known = ((name, home) for name, home in homes().items() if adapter.is_relative_to(home))
+    return next((f"{name}:{adapter.relative_to(home).as_posix()}" for name, home in known), str(adapter))
+
+
+def located(adapter: str | None) -> str | None:
+    """The folder that `portable` has named."""
+    name, _, rest = (adapter or "").partition(":")
+    return str(homes()[name] / rest) if name in homes() else adapter
+
+
 def write_run(run: Run, target: Path) -> None:
     """Write aside, then rename: a run folder is whole or not there."""
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".new-"))
@@ -781,8 +824,9 @@ def load_run(path: Path | str, lm: LM | None = None) -> Run:
         name = stored["model"]
     except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
         raise UserError(f"{path / 'metrics.json'} is damaged: make the run again.") from None
+    # in another precision it would say other things
     how = {"dtype": stored.get("dtype", "auto"), "load_in_4bit": stored.get("load_in_4bit", False)}
-    lm = lm or load_model(name, adapter=stored.get("adapter"), **how)  # in another precision it says other things
+    lm = lm or load_model(name, adapter=located(stored.get("adapter")), **how)
     if whole:
         run = Run(lm, load_model(str(path / "model"), lm.device, lm.dtype).model, stored, path)
         run.untouched = lm.model

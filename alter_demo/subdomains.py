@@ -67,14 +67,20 @@ def fit_gate(records: list[Record], samples: list[Sample], config, seed: int):
 
     Tokens that all samples begin with (the system prompt) say nothing and count as r. A quarter of the samples stays
     out of the fit to calibrate the two-level threshold: the smallest from 0.5 at which at most 2 % of the retain
-    samples open the gate anywhere.
+    samples open the gate anywhere. Where an item gives several samples (a text's views, Harry Potter's two answers to
+    a question), some of them may be in the fit and others out of it.
 
     Returns:
         gate (1 + N, F + 1), threshold, and a report: the share of forget samples whose gate is open where the answer
-        starts and the share of retain samples that open it anywhere, both on samples that the fit has not seen.
+        starts and the share of retain samples that open it anywhere, both on the samples that stay out.
     """
     rng = np.random.default_rng(seed)
     held_out = rng.random(len(samples)) < CALIBRATION_SHARE
+    labels = np.array([s.label for s in samples])
+    for label in set(labels[labels > 0].tolist()):  # a sub-domain that the fit has not seen would never be chosen
+        own = np.flatnonzero(labels == label)
+        if held_out[own].all():
+            held_out[own[0]] = False
     prefix = common_prefix([s.ids for s in samples])
     x, y = [], []
     for record, sample, out in zip(records, samples, held_out, strict=True):

@@ -13,7 +13,7 @@ from .errors import UserError
 from .results import REFERENCES
 
 RESULTS = Path(__file__).parents[1] / "assets" / "results"
-ASKED = ("forget", "model", "retain_items", "limit", "kept", "tokens", "loaded")
+ASKED = ("forget", "model", "retain_items", "limit", "kept", "tokens", "loaded", "weights")
 OURS = ("alter", "alter_selective")
 FALLING = {  # measures of forgetting that are better when lower -> the axis of a drawing
     "ASG": "ASG, distance to answers about what is not known (lower is better)",

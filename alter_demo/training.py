@@ -44,8 +44,8 @@ class TrainConfig:
     refusal: float = field(default=0.0, metadata={"help": "weight of what is said instead, 0: not taught"})
     forgetting: str = field(default="ihl", metadata={"help": "ALTER's loss on a forget token: ihl or unlikelihood"})
     sharpness: float = field(default=0.1, metadata={"help": "beta of NPO, SimNPO and DPO"})
-    steering: float = field(default=2.0, metadata={"help": "c of RMU, length of the vector steered to"})
-    eta: float = field(default=5.0, metadata={"help": "eta of ELM, strength of erasing (the authors take 1000)"})
+    steering: float = field(default=2.0, metadata={"help": "c of RMU, length of the vector steered to (rmu takes 100)"})
+    eta: float = field(default=5.0, metadata={"help": "eta of ELM, strength of erasing (elm takes its authors' 1000)"})
     forget_end: bool = field(default=False, metadata={"help": "unlearn the end of turn too (published)"})
     retention: str = field(default="distill", metadata={"help": "distill (to the frozen model) or nll (published)"})
     probe_every: int = field(default=6, metadata={"help": "steps between two looks at the forget probe"})
@@ -62,6 +62,8 @@ class TrainConfig:
             raise UserError(f"The number of steps must lie between 1 and 10000, and {self.max_steps} does not.")
         if not 1 <= self.batch_size <= 256:
             raise UserError(f"The batch size must lie between 1 and 256, and {self.batch_size} does not.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"The seed must lie between 0 and {2**32 - 1}, and {self.seed} does not.")
         if self.retention not in ("distill", "nll"):
             raise UserError(f"retention is distill or nll, not {self.retention!r}.")
         if self.forgetting not in losses.FORGETTING:
@@ -133,6 +135,16 @@ def phase_one(
             seen.update({keys[i]: replace(records[i], saved=spent) for i in batch})
         if tick:
             tick(sum(r is not None for r in records), len(records))
+    return records
+
+
+def not_looked(samples: list[Sample]) -> list[Record]:
+    """Records for a method that takes nothing from the frozen model (`Method.looks`): zeros of the right shapes."""
+    records = []
+    for number, sample in enumerate(samples):
+        sample.index, t, k = number, len(sample.ids), len(sample.ids) - sample.start
+        nothing = torch.zeros(k, 0, dtype=torch.long), torch.zeros(k, 0), torch.zeros(k)
+        records.append(Record(torch.zeros(t, 0), torch.zeros(t), *nothing))
     return records
 
 
@@ -360,7 +372,7 @@ class Progress(TrainerCallback):
 
 def arguments(folder: Path | str, config, device: str, **extra) -> TrainingArguments:
     """TrainingArguments with everything off that would write, report or shuffle by itself."""
-    return TrainingArguments(
+    made = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=config.batch_size,
         max_steps=config.max_steps,
@@ -378,3 +390,6 @@ def arguments(folder: Path | str, config, device: str, **extra) -> TrainingArgum
         gradient_checkpointing=getattr(config, "gradient_checkpointing", False),
         **extra,
     )
+    if made.n_gpu > 1:  # Trainer would split each batch among them, whose parts the losses and the router need whole
+        made._n_gpu = 1
+    return made

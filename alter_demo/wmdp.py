@@ -143,7 +143,7 @@ def choice_grid(config, methods: list[str], seeds: list[int], how, names: tuple[
 
     if config.forget not in TASKS:
         raise UserError(f"Questions exist for {', '.join(TASKS)}, not for {config.forget!r}.")
-    bench = Bench(config, methods, how, ("general",))
+    bench = Bench(config, methods, how, ("general",), untaught=True)
     names = names or TASKS[config.forget]
     if len(names) < 2:
         raise UserError("Name two tasks at least: what is forgotten first, then what stays (--tasks).")

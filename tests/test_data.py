@@ -106,6 +106,8 @@ BAD = {
     "ragged.csv": ("question,answer\na,b,c\n", "line 2: the number of columns"),
     "short.csv": ("question,answer\na\n", "line 2: the number of columns"),
     "number.jsonl": ('{"question": "Q", "answer": 3}', "line 1: answer must be text"),
+    "wrong.jsonl": ('{"question": "Q", "answer": "A", "perturbed_answer": [1998]}', "perturbed_answer must be text"),
+    "asked.jsonl": ('{"question": "Q", "answer": "A", "paraphrased_question": 7}', "paraphrased_question must be text"),
     "blank.jsonl": ('{"question": "Q", "answer": "  "}', "answer is empty"),
     "list.jsonl": ("[1, 2]", "must be an object"),
     "quote.csv": ('question,answer\n"a,b\n', "not valid CSV"),

@@ -97,6 +97,52 @@ def test_what_ran_with_other_settings_is_run_again(small, tmp_path, monkeypatch)
         grid.Bench(small, ["npo"], How(path, load_in_4bit=True))
 
 
+def test_two_commands_share_a_file(small, tmp_path):
+    one, other = (grid.Bench(small, ["lora"], How(tmp_path / "r.json")) for _ in range(2))
+    one.hardware = other.hardware = "a laptop"
+    one.add("lora", 0, {"x": 1.0}, {})
+    other.add("lora", 1, {"x": 2.0}, {})  # had read the file before the first was in it
+    assert [r["seed"] for r in read_results(tmp_path / "r.json")["runs"]] == [0, 1]
+    one.add("lora", 0, {"x": 3.0}, {"variant": "no router", "router": False})
+    one.add("lora", 0, {"x": 4.0}, {"variant": "no router", "router": False})  # a variant is run again, not beside it
+    assert [r["metrics"]["x"] for r in read_results(tmp_path / "r.json")["runs"]] == [1, 2, 4]
+    (tmp_path / "r.json").write_text("{")
+    with pytest.raises(UserError, match="not a whole results file"):
+        other.add("lora", 2, {"x": 2.0}, {})
+
+
+def test_other_weights_under_the_same_name_are_another_model(small, tmp_path):
+    before = grid.Bench(small, ["lora"], How(tmp_path / "r.json")).key("lora", 0, {})
+    weights = Path(small.model) / "model.safetensors"
+    weights.write_bytes((own := weights.read_bytes())[:-1] + b"x")
+    try:
+        assert grid.Bench(small, ["lora"], How(tmp_path / "r.json")).key("lora", 0, {}) != before
+    finally:
+        weights.write_bytes(own)
+
+
+def test_a_whole_benchmark_is_gone_through_several_times(small, tmp_path):
+    bench = grid.Bench(replace(small, limit=None), ["npo"], How(tmp_path / "r.json"))
+    assert bench.configs("npo", 0, {})[1].max_steps == METHODS["npo"].train["max_steps"]  # twelve items
+    bench.made.training = bench.made.forget * 20
+    asking, train = bench.configs("npo", 0, {})
+    assert train.max_steps * train.batch_size == 5 * 240 == asking.retain
+    assert bench.settings("npo", 0, {})["train"]["max_steps"] == train.max_steps
+    assert bench.configs("npo", 0, {"max_steps": 7})[1].max_steps == 7
+    bench.config = small
+    assert bench.configs("npo", 0, {})[1].max_steps == METHODS["npo"].train["max_steps"]
+
+
+def test_no_frozen_pass_where_nothing_is_taken_from_it(small, tmp_path, monkeypatch):
+    looking = {m for m, entry in METHODS.items() if entry.looks(train_config(m))}
+    assert set(METHODS) - looking == {"grad_ascent", "grad_diff", "simnpo", "random_labels", "lora"}
+    few = FEW | {"lr": 0.01}
+    blind = grid.grid(small, ["grad_diff", "lora"], [0], How(tmp_path / "a.json", few))["runs"][2:]
+    monkeypatch.setattr("alter_demo.methods.Method.looks", lambda *a: True)
+    seeing = grid.grid(small, ["grad_diff", "lora"], [0], How(tmp_path / "b.json", few))["runs"][2:]
+    assert [r["metrics"] for r in blind] == [r["metrics"] for r in seeing]
+
+
 def test_the_same_seed_gives_the_same_figures(small, tmp_path):
     both = [grid.grid(small, ["npo_kl", "alter_selective"], [0], How(tmp_path / f"{i}.json", FEW)) for i in (1, 2)]
     first, second = ([r["metrics"] for r in results["runs"]] for results in both)
@@ -228,7 +274,7 @@ def test_an_item_is_lost_at_most(small, tmp_path, monkeypatch):
     path = tmp_path / "r.json"
     grid.grid(small, ["lora"], [0], How(path, FEW))
     before = path.read_text()
-    monkeypatch.setattr("alter_demo.answers.os.replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("alter_demo.results.os.replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         grid.grid(small, ["lora"], [1], How(path, FEW))
     assert path.read_text() == before
@@ -349,8 +395,8 @@ def test_the_printed_commands_ask_for_what_is_stored(file):
         args = parser().parse_args(shlex.split(command)[3:])
         assert args.results == Path("assets/results") / file.name
         if "size" in args:
-            (asked,) = {json.dumps({k: r["config"][k] for k in tables.ASKED[:-1]}) for r in results["runs"]}
-            assert json.dumps({k: getattr(grid_of(args), k) for k in tables.ASKED[:-1]}) == asked
+            (asked,) = {json.dumps({k: r["config"][k] for k in tables.ASKED[:-2]}) for r in results["runs"]}
+            assert json.dumps({k: getattr(grid_of(args), k) for k in tables.ASKED[:-2]}) == asked
         if "method" in args or "methods" in args:
             methods = [args.method] if "method" in args else args.methods
             wanted -= {(m, s) for m in methods for s in args.seeds}

@@ -6,16 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FEW, quick
+from conftest import FEW, OWN_FORGET, OWN_RETAIN, quick
 
 from alter_demo import METHOD_NAMES, data, load_model, load_run, runs, unlearn
+from alter_demo.adapter import AlterConfig
 from alter_demo.answers import greedy, log_probs
 from alter_demo.cli import main, show_run
 from alter_demo.errors import UserError
 from alter_demo.methods import METHODS
 from alter_demo.runs import UnlearnConfig, shortfalls
+from alter_demo.subdomains import fit_gate
 from alter_demo.teaching import LearnConfig, learn
-from alter_demo.training import Pairs
+from alter_demo.training import Pairs, phase_one
 
 
 def trained(run):
@@ -113,7 +115,7 @@ def test_what_a_run_falls_short_of_is_told(tiny, made, capsys):
     run.metrics["phase_one"]["router"]["forget_open_at_answer"] = 0.25
     run.metrics["stopped"] = "all steps done"
     gate, steps = shortfalls(run.metrics)
-    assert "opens on 25% of unseen forget samples only" in gate and "allow more" in steps
+    assert "opens on 25% of held-out forget samples only" in gate and "allow more" in steps
     published = unlearn(str(tiny), made, UnlearnConfig("alter"), quick("alter"), folder=None)
     published.metrics["phase_one"]["router"]["forget_open_at_answer"] = 0.25  # it acts everywhere
     assert not any("gate" in told for told in shortfalls(published.metrics))
@@ -217,7 +219,39 @@ def test_plain_text_can_be_forgotten(tiny, few, tmp_path):
         "\n".join(json.dumps({"text": f"The code of room {i} is {i * 7}."}) for i in range(9))
     )
     run = unlearn(str(tiny), str(tmp_path / "t.jsonl"), UnlearnConfig(threshold="auto"), quick(), folder=None)
-    assert run.metrics["steps"] == FEW
+    assert run.metrics["steps"] == FEW and run.metrics["peak_memory_mb"] >= run.metrics["training_memory_mb"] > 0
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(UserError, match="nothing to forget"):
+        unlearn(str(tiny), str(tmp_path / "t.jsonl"), UnlearnConfig(threshold="auto"), quick(), folder=None)
+
+
+def test_a_used_model_is_not_taken_for_the_untouched_one(tiny, made):
+    lm, config = load_model(str(tiny)), UnlearnConfig(threshold="auto")
+    unlearn(lm, made, config, quick(), folder=None, evaluate=False)
+    with pytest.raises(UserError, match="load it anew"):
+        unlearn(lm, made, config, quick(), folder=None, evaluate=False)
+
+
+def test_each_sub_domain_is_seen_by_the_gate(tiny):
+    """One sample each, of which a quarter would stay out of the fit."""
+    lm, alter = load_model(str(tiny)), AlterConfig(n_experts=4, threshold=0.5, feature_layer=2)
+    items = [*OWN_RETAIN, *OWN_FORGET[:4]]
+    for seed in range(6):
+        samples = [data.render(lm.tokenizer, i)[0] for i in items]
+        records = phase_one(lm, samples, alter)
+        for label, sample in enumerate(samples[-4:], 1):
+            sample.label = label
+        gate, _, report = fit_gate(records, samples, alter, seed)
+        assert (gate[:, -1] > -1e3).all() and 0 <= report["retain_open_anywhere"] <= 1
+
+
+def test_an_adapters_place_holds_on_another_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALTER_CACHE_DIR", str(tmp_path / "here"))
+    name = runs.portable(tmp_path / "here" / "taught" / "x" / "target")
+    assert name == "cache:taught/x/target" and runs.portable(data.ASSETS / "x") == "assets:x"
+    monkeypatch.setenv("ALTER_CACHE_DIR", str(tmp_path / "there"))
+    assert runs.located(name) == str(tmp_path / "there" / "taught" / "x" / "target")
+    assert runs.located(str(tmp_path)) == runs.portable(tmp_path) == str(tmp_path) and runs.located(None) is None
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -257,6 +291,8 @@ BAD = [
     (["unlearn", "--model", "TINY", "--forget", "OWN", "--q", "0"], "positive"),
     (["unlearn", "--model", "TINY", "--forget", "OWN", "--method", "best"], "method is one of"),
     (["unlearn", "--model", "TINY", "--forget", "OWN", "--device", "tpu"], "device must be"),
+    (["unlearn", "--model", "TINY", "--forget", "OWN", "--device", "cuda:1"], "CUDA_VISIBLE_DEVICES=1"),
+    (["unlearn", "--model", "TINY", "--forget", "OWN", "--seed", "-1"], "seed must lie between"),
     (["unlearn", "--model", "TINY", "--forget", "OWN", "--dtype", "int3"], "dtype must be"),
     (["unlearn", "--model", "TINY", "--forget", "OWN", "--name", "../x"], "run's name"),
     (["unlearn", "--model", "TINY", "--forget", "imaginary-authors"], "teach it first"),
