@@ -405,95 +405,113 @@ def prepare(
 ) -> Prepared:
     """Phase I: the frozen model's view of every sample; for ALTER also sub-domains and router."""
     rng = random.Random(train.seed)
-
-    def rendered(items, tokens=None) -> list[Sample]:
-        samples = [s for i in items for s in render(lm.tokenizer, i)]
-        return [replace(s, ids=s.ids[: s.start + tokens]) for s in samples] if tokens else samples
-
-    source = made.trained_on
-    forget = rendered(source)
-    keep, general = rendered(made.retain, RETAIN_TOKENS), rendered(made.general, RETAIN_TOKENS)
+    forget = rendered(lm, made.trained_on)
+    if not forget:
+        raise UserError(f"{made.name} has no text of two tokens or more, so there is nothing to forget.")
+    keep, general = (rendered(lm, items, RETAIN_TOKENS) for items in (made.retain, made.general))
     keep = rng.sample(keep, min(len(keep), max(0, config.retain - len(general))))
     samples = [*forget, *keep, *general]
     for sample in forget:
         sample.label = 1
     text = lm.model.config.get_text_config()
-    routed = method.trains == "alter"
     layer = round(text.num_hidden_layers / 3) if method.trains == "mlp" else None
     alter = AlterConfig(
         r=config.r, q=config.q, threshold=1e-6, router_input=config.router_input, task_type="CAUSAL_LM",
         feature_layer=layer or round(text.num_hidden_layers * 5 / 6), **method.alter,
         **LAYERS[config.layers](text.num_hidden_layers),
     )  # fmt: skip
-    wanted = config.threshold if config.threshold is not None else method.threshold
-    if wanted != "auto":
-        resolve_threshold(wanted, torch.empty(0), config.q, text.vocab_size)
-    if not any(s.label for s in samples):
-        raise UserError(f"{made.name} has no text of two tokens or more, so there is nothing to forget.")
+    threshold_of(torch.empty(0), config, method, text.vocab_size)  # a bad one now, not after the pass
     if method.looks(train):
         records = phase_one(lm, samples, alter, tick=lambda a, b: stage("phase I: frozen pass", a / b), seen=seen)
     else:
         records = not_looked(samples)
     ready = Prepared(records, forget, [*keep, *general], [], {}, layer=layer)
-    if routed:
-        at_answers = torch.cat([r.entropy[s.start - 1 : -1] for r, s in zip(records, samples, strict=True)])
-        alter.threshold = resolve_threshold(wanted, at_answers, config.q, text.vocab_size)
+    if method.trains == "alter":
         stage("phase I: sub-domains and router", 0.0)
-        if not config.entropy_mask:  # no token reaches it
-            alter.threshold = entropy_range(2**31, config.q) * 0.999
-        known = np.array([i.domain for i in source for _ in render(lm.tokenizer, i)])
-        if not config.router:
-            labels, scores = np.ones(len(forget), int), {}
-        elif known.all():
-            labels, scores = known, {}
-        else:
-            labels, scores = discover(records[: len(forget)], forget, alter, config.n_experts, train.seed)
-        for sample, label in zip(forget, labels, strict=True):
-            sample.label = int(label)
-        alter.n_experts = 1 if not config.router else config.n_experts or int(labels.max())
-        if not method.guided:  # every token is fused, whatever its entropy
-            alter.threshold, alter.top_k = 1e-12, 1 + alter.n_experts
-        gate, alter.gate_threshold, report = fit_gate(records, samples, alter, train.seed)
-        if not config.router:  # the bias alone decides, always for the one expert
-            gate, alter.gate_threshold = torch.zeros_like(gate), 0.5
-            gate[:, -1] = torch.tensor([-1e4, 1e4])
-        ready.alter, ready.gate = alter, gate
-        texts = [i.question or i.answer[:80] for i in source for _ in render(lm.tokenizer, i)]
-        drawn = domain_map(contexts(records[: len(forget)], forget, alter), np.array([s.label for s in forget]), texts)
-        ready.report = {
-            "threshold": alter.threshold,
-            "uncertain_share": round((at_answers > alter.threshold).float().mean().item(), 4),
-            "n_experts": alter.n_experts,
-            "silhouette": {str(k): round(v, 4) for k, v in scores.items()},
-            "sub_domains": [int((labels == d).sum()) for d in range(1, alter.n_experts + 1)],
-            "router": report,
-        }
-    taught = method.instead in ("paired", "novice") or train.refusal
-    if method.instead and taught and all(i.question for i in source):
-        # after the gate is fitted: "I don't know" says nothing about the subject
-        unknown = read_set("unknown")
-        answers = [rng.choice(unknown) for _ in source]
-        if method.instead == "novice":
-            answers = greedy(lm, [NOVICE + i.question for i in source], RETAIN_TOKENS)
-        ready.instead = rendered([replace(i, answer=a, lead="") for i, a in zip(source, answers, strict=True)])
+        at_answers = torch.cat([r.entropy[s.start - 1 : -1] for r, s in zip(records, samples, strict=True)])
+        alter.threshold = threshold_of(at_answers, config, method, text.vocab_size)
+        items = [i for i in made.trained_on for _ in render(lm.tokenizer, i)]  # of each forget sample
+        find_routes(ready, samples, items, alter, config, method, train.seed)
+        share = (at_answers > alter.threshold).float().mean().item()
+        ready.report |= {"threshold": alter.threshold, "uncertain_share": round(share, 4)}
+    said = answers_instead(lm, made.trained_on, method, train, rng)
+    if said:  # after the gate is fitted: "I don't know" says nothing about the subject
+        ready.instead = rendered(lm, said)
         for other, sample in zip(ready.instead, forget, strict=True):
             other.label, other.refusal = sample.label, True
         records += phase_one(lm, ready.instead, alter, first=len(records), seen=seen)
     if method.instead == "novice":
-        novice_targets(lm, source, forget, records, train.eta)
+        novice_targets(lm, made.trained_on, forget, records, train.eta)
     for record, sample in zip(records, [*samples, *ready.instead], strict=True):
-        if routed:
+        if ready.alter is not None:
             mask = torch.ones(1, len(record.entropy))
-            x = sample_features(record, alter)[None]
-            record.plan = route(x, record.entropy[None], mask, ready.gate, alter)
+            record.plan = route(sample_features(record, alter)[None], record.entropy[None], mask, ready.gate, alter)
         if layer is not None:
             record.answer_hidden = record.hidden[sample.start - 1 : -1]
         record.hidden = None
-    if routed:
-        ready.report["routing"] = where_tokens_go(ready.records, samples, alter) | {"map": drawn}
+    if ready.alter is not None:
+        ready.report["routing"] |= where_tokens_go(records, samples, alter)
     sizes = {"forget": forget, "retain": keep, "general": general, "instead": ready.instead}
     ready.report["samples"] = {k: len(v) for k, v in sizes.items()}
     return ready
+
+
+def rendered(lm: LM, items: list[Item], tokens: int | None = None) -> list[Sample]:
+    """The items' samples, their answers cut to so many tokens."""
+    samples = [s for i in items for s in render(lm.tokenizer, i)]
+    return [replace(s, ids=s.ids[: s.start + tokens]) for s in samples] if tokens else samples
+
+
+def threshold_of(at_answers: torch.Tensor, config: UnlearnConfig, method: Method, vocab: int) -> float | None:
+    """S_q above which a token counts as uncertain; None while it waits for the data. Raises UserError for a bad one."""
+    wanted = config.threshold if config.threshold is not None else method.threshold
+    if wanted == "auto" and not len(at_answers):
+        return None
+    found = resolve_threshold(wanted, at_answers, config.q, vocab)
+    if not method.guided:  # every token is fused, whatever its entropy
+        return 1e-12
+    return found if config.entropy_mask else entropy_range(2**31, config.q) * 0.999  # which no token reaches
+
+
+def find_routes(ready: Prepared, samples: list[Sample], items: list[Item], alter, config, method, seed: int) -> None:
+    """Sub-domains of the forget samples (into their labels), the gate, and what the run's record says of both."""
+    forget, looked = ready.forget, ready.records[: len(ready.forget)]
+    labels, scores = np.array([i.domain for i in items]), {}
+    if not config.router:
+        labels = np.ones(len(forget), int)
+    elif not labels.all():
+        labels, scores = discover(looked, forget, alter, config.n_experts, seed)
+    for sample, label in zip(forget, labels, strict=True):
+        sample.label = int(label)
+    alter.n_experts = 1 if not config.router else config.n_experts or int(labels.max())
+    if not method.guided:
+        alter.top_k = 1 + alter.n_experts
+    ready.gate, alter.gate_threshold, report = fit_gate(ready.records, samples, alter, seed)
+    if not config.router:  # the bias alone decides, always for the one expert
+        ready.gate, alter.gate_threshold = torch.zeros_like(ready.gate), 0.5
+        ready.gate[:, -1] = torch.tensor([-1e4, 1e4])
+    ready.alter = alter
+    ready.report = {
+        "n_experts": alter.n_experts,
+        "silhouette": {str(k): round(v, 4) for k, v in scores.items()},
+        "sub_domains": [int((labels == d).sum()) for d in range(1, alter.n_experts + 1)],
+        "router": report,
+        "routing": {
+            "map": domain_map(contexts(looked, forget, alter), labels, [i.question or i.answer[:80] for i in items])
+        },
+    }
+
+
+def answers_instead(lm: LM, source: list[Item], method: Method, train: TrainConfig, rng: random.Random) -> list[Item]:
+    """The forget questions with what is to be said to them, [] where the method teaches nothing or texts are to go."""
+    taught = method.instead in ("paired", "novice") or (method.instead and train.refusal)
+    if not taught or not all(i.question for i in source):
+        return []
+    unknown = read_set("unknown")
+    answers = [rng.choice(unknown) for _ in source]
+    if method.instead == "novice":
+        answers = greedy(lm, [NOVICE + i.question for i in source], RETAIN_TOKENS)
+    return [replace(i, answer=a, lead="") for i, a in zip(source, answers, strict=True)]
 
 
 def shortfalls(metrics: dict) -> list[str]:
@@ -506,7 +524,10 @@ def shortfalls(metrics: dict) -> list[str]:
             "what is to stay is too like what is to go. Method alter acts everywhere, on all else too."
         )
     if metrics["stopped"] == "all steps done":
-        found.append("All steps were done before the forget probe reached its target: allow more of them.")
+        drawn = metrics["steps"] * metrics["config"]["train"]["batch_size"]
+        samples = metrics["phase_one"].get("samples", {}).get("forget", 0)
+        seen = f" {drawn} of the {samples} forget samples were seen." if drawn < samples else ""
+        found.append(f"All steps were done before the forget probe reached its target: allow more of them.{seen}")
     return found
 
 

@@ -115,7 +115,9 @@ def test_what_a_run_falls_short_of_is_told(tiny, made, capsys):
     run.metrics["phase_one"]["router"]["forget_open_at_answer"] = 0.25
     run.metrics["stopped"] = "all steps done"
     gate, steps = shortfalls(run.metrics)
-    assert "opens on 25% of held-out forget samples only" in gate and "allow more" in steps
+    assert "opens on 25% of held-out forget samples only" in gate and "allow more" in steps and "12 of" not in steps
+    run.metrics["phase_one"]["samples"]["forget"] = 20
+    assert "12 of the 20 forget samples were seen" in shortfalls(run.metrics)[1]
     published = unlearn(str(tiny), made, UnlearnConfig("alter"), quick("alter"), folder=None)
     published.metrics["phase_one"]["router"]["forget_open_at_answer"] = 0.25  # it acts everywhere
     assert not any("gate" in told for told in shortfalls(published.metrics))
