@@ -1,6 +1,6 @@
 """Pictures of routes for the page and the notebooks: word clouds, histogram, heat map, flows, sub-domain map.
 
-Backgrounds are transparent and the ink is a middle grey, so that a chart can be read on white and on black.
+Backgrounds are transparent; the ink is for a light page, which makes it lighter itself where it is dark (`page.css`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .tokens import EXPERT_NAMES, TokenRecord
 WAYS = ("A", *EXPERT_NAMES)
 COLOURS = dict(zip(WAYS, ("#b8860b", "#7f7f7f", "#3a8fd0", "#d55e00", "#009e73", "#b46a92", "#0072b2", "#8c6d31",
                           "#7b6fd0", "#a0522d"), strict=True))  # fmt: skip
-INK = "#7a7a7a"
+INK = "#5c5c5c"
 
 
 def look(figure: go.Figure, height: int = 420) -> go.Figure:

@@ -12,12 +12,12 @@ from .results import read_results, updating, write_json
 from .tokens import word_counts
 from .xray import xray_data
 
-QUESTIONS = (
-    "What is the name of Harry Potter's school?",
-    "Who is Harry Potter's red-haired best friend?",
-    "Which train takes students to Hogwarts?",
-    "Who wrote The Hobbit?",
-    "What is the capital of France?",
+QUESTIONS = (  # none of them is trained on
+    "Which train goes to Hogwarts?",
+    "Where does Harry Potter go to learn magic?",
+    "What is the name of Harry Potter's friend with red hair and many brothers?",
+    "Which author wrote The Lord of the Rings?",
+    "Who wrote the Odyssey?",
 )
 TOKENS = 40
 WORD_ITEMS = 60  # questions of each group

@@ -274,7 +274,7 @@ class Bench:
             seen=seen, on_step=how.on_step,
             on_stage=lambda what, share: how.on_stage(f"{name}: {what}", share), should_stop=how.should_stop,
         )  # fmt: skip
-        return None if run.metrics["stopped"] == "stopped by hand" else run
+        return None if run.metrics["stopped"] == "stopped by hand" or not run.metrics["measured"] else run
 
     def add(self, method: str, seed: int, metrics: dict, overrides: dict, run=None, stale=(), **more) -> None:
         """Put one finished item into the results file, in place of those with one of the ids in `stale`."""

@@ -42,6 +42,8 @@ LIVE_COLUMNS = ["set", "question", "at the start", "now"]
 MAX_PROMPT, MAX_TEXT = 4000, 20_000
 UNTOUCHED = "the untouched model"
 ROUTES = ["as trained", "all off", "only B_r", *(f"only B_f{d}" for d in range(1, 9))]
+SCRATCH = tempfile.TemporaryDirectory(prefix="alter-")  # goes with the process
+MINUTE = 60.0
 CLOUD_ITEMS = 30  # questions of a set that a cloud is drawn from
 
 
@@ -79,7 +81,7 @@ def sentence(error: Exception) -> str:
 def ask_to_stop(request: gr.Request) -> str:
     if event := STOP.get(request.session_hash):
         event.set()
-        return "Stopping after this step; what was learned is kept."
+        return "Stopping; what was learned is kept."
     return "Nothing of yours is running."
 
 
@@ -155,7 +157,7 @@ def read_example() -> dict | None:
 
 
 @GPU(duration=GPU_SECONDS)
-def unlearn_job(model, forget, upload, method, steps, rank, experts, limit, seed, request: gr.Request):
+def unlearn_job(model, forget, upload, keep, method, steps, rank, experts, limit, seed, request: gr.Request):
     """Yields (status, loss, live answers, numbers, answers, files, run name); the work is done in a thread."""
     stop = STOP[request.session_hash] = threading.Event()
     updates: queue.Queue = queue.Queue()
@@ -164,14 +166,16 @@ def unlearn_job(model, forget, upload, method, steps, rank, experts, limit, seed
     def work():
         try:
             with job(request):
+                from .data import load_forget_set
                 from .runs import UnlearnConfig, unlearn
                 from .training import train_config
 
                 LOADED.clear()  # frees the last run's model
                 run = unlearn(
-                    model, str(upload) if upload else forget,
+                    model, load_forget_set(str(upload) if upload else forget, str(keep) if keep else None),
                     UnlearnConfig(method=method, n_experts=int(experts) or None, r=int(rank), limit=int(limit)),
-                    train_config(method, max_steps=int(steps), seed=int(seed)), folder=RUNS, should_stop=stop.is_set,
+                    train_config(method, max_steps=int(steps), seed=int(seed or 0)),
+                    folder=RUNS, should_stop=stop.is_set,
                     on_step=lambda e, n: updates.put(("step", e, n)),
                     on_stage=lambda w, s: updates.put(("stage", w, s)),
                     on_answers=lambda step, answers: updates.put(("answers", step, answers)),
@@ -184,7 +188,7 @@ def unlearn_job(model, forget, upload, method, steps, rank, experts, limit, seed
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     rows, live, first, line, started = [], [], {}, "Loading the model.", time.monotonic()
-    nothing = [gr.skip()] * 4
+    nothing = [[], [], gr.File(visible=False), ""]  # what an earlier run has left is not this one's
     while thread.is_alive() or not updates.empty():
         thread.join(TICK)
         while not updates.empty():
@@ -199,9 +203,9 @@ def unlearn_job(model, forget, upload, method, steps, rank, experts, limit, seed
                 rows += [{"step": what["step"], "value": v, "part": k} for k, v in parts.items()]
                 left = (of - what["step"]) * what["seconds"] / what["step"]
                 line = f"Step {what['step']} of at most {of}, {left:.0f} s left at most."
-        if stop.is_set():
-            line += " Stopping after this step."
-        yield f"{line} ({time.monotonic() - started:.0f} s)", loss_frame(rows), live or gr.skip(), *nothing
+        stopping = "Stopping as soon as this is done. " if stop.is_set() else ""
+        yield f"{line} {stopping}({time.monotonic() - started:.0f} s)", loss_frame(rows), live, *nothing
+        nothing = [gr.skip()] * 4
     STOP.pop(request.session_hash, None)
     if "error" in result:
         yield result["error"], gr.skip(), gr.skip(), *nothing
@@ -214,30 +218,59 @@ def unlearn_job(model, forget, upload, method, steps, rank, experts, limit, seed
     from .runs import shortfalls
 
     done = " ".join([done, *shortfalls(m)])
-    answers = json.loads((path / "answers.json").read_text(encoding="utf-8"))
-    table = [[r["group"].replace("_", " "), r["question"], r["before"], r["after"]] for r in answers]
-    yield (
-        done,
-        loss_frame(rows),
-        live or gr.skip(),
-        number_rows(m),
-        table,
-        gr.File(packed(path), visible=True),
-        path.name,
-    )
+    try:
+        files = packed(path.name)
+    except (UserError, OSError) as error:
+        files, done = gr.File(visible=False), f"{done} It could not be packed: {sentence(error)}"
+    yield done, loss_frame(rows), live, number_rows(m), answer_rows(path), files, path.name
 
 
-def packed(path: Path) -> list[str]:
+def packed(name: str | None) -> gr.File:
     """The run as a zip, and its metrics, for download."""
-    folder = Path(tempfile.mkdtemp(prefix="alter-"))
+    path, folder = run_path(name), scratch()
     zipped = shutil.make_archive(str(folder / path.name), "zip", path)
     record = shutil.copy(path / "metrics.json", folder / f"{path.name}.json")
-    return [zipped, str(record)]
+    return gr.File([zipped, str(record)], visible=True)
+
+
+def scratch() -> Path:
+    """A new folder for files to download, of which gradio makes copies that it clears; older ones of ours go."""
+    for old in Path(SCRATCH.name).iterdir():
+        if time.time() - old.stat().st_mtime > MINUTE:
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(dir=SCRATCH.name))
+
+
+def pack(name: str | None):
+    """(files, status)"""
+    try:
+        return packed(name), "Packed."
+    except (UserError, OSError) as error:
+        return gr.File(visible=False), sentence(error)
+
+
+def run_view(name: str | None):
+    """(what kind of run, numbers, answers, no files yet) of a finished run, from its folder."""
+    try:
+        m, path = run_metrics(name), run_path(name)
+        method, seconds = m["config"]["unlearn"]["method"], m["seconds"]
+        about = (
+            f"{method} on {m['data']['forget_set']}, {m['model']}, seed {m['seed']}: {m['steps']} steps in "
+            f"{seconds['unlearn']} s, and {seconds['evaluate']} s of measuring, on {m['hardware']}, {m['date']}."
+        )
+        return plain(about), number_rows(m), answer_rows(path), gr.File(visible=False)
+    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+        return sentence(error) if isinstance(error, UserError) else "This run's record is damaged.", [], [], gr.skip()
 
 
 def loss_frame(rows: list[dict]) -> pd.DataFrame | None:
     # nothing rather than an empty frame: the plot would fix its types and colours from that, and never draw a line
     return pd.DataFrame(rows, columns=LOSS_COLUMNS) if rows else None
+
+
+def answer_rows(path: Path) -> list[list[str]]:
+    rows = json.loads((path / "answers.json").read_text(encoding="utf-8"))
+    return [[r["group"].replace("_", " "), r["question"], r["before"], r["after"]] for r in rows]
 
 
 def number_rows(metrics: dict) -> list[list[str]]:
@@ -270,7 +303,7 @@ def compare_job(left, right, route, prompt, sampled, temperature, seed, length, 
             lms = [run.lm for run in runs]
             started = seen = time.monotonic()
             texts = ["", ""]
-            for texts in stream(lms, sides, prompt[:MAX_PROMPT], int(length), heat, int(seed)):
+            for texts in stream(lms, sides, prompt[:MAX_PROMPT], int(length), heat, int(seed or 0)):
                 if time.monotonic() - seen > TICK:
                     seen = time.monotonic()
                     yield [(texts[0], None)], [(texts[1], None)], "Answering."
@@ -339,7 +372,7 @@ def xray_file(data):
 
     if not data or not data.get("tokens"):
         return gr.skip(), "There is no X-ray to save yet: press Show tokens."
-    path = Path(tempfile.mkdtemp(prefix="alter-")) / "token-xray.html"
+    path = scratch() / "token-xray.html"
     path.write_text(xray_html(data), encoding="utf-8")
     return gr.File(str(path), visible=True), "Saved: one HTML file that needs nothing else."
 
@@ -380,7 +413,8 @@ def clouds_job(name, source, text, request: gr.Request):
     except Exception as error:
         yield gr.skip(), sentence(error)
         return
-    yield {"words": found, "threshold": round(threshold, 3), "q": q}, f"{len(found)} words of {len(pairs)} texts."
+    data = {"words": found, "threshold": round(threshold, 3), "q": q, "routed": run.routed}
+    yield data, f"{len(found)} words of {len(pairs)} texts."
 
 
 def texts_of(run, source: str) -> list[tuple[str, str | None]]:
@@ -405,12 +439,16 @@ def clouds_view(data, threshold):
     for word, entropy, expert in data["words"]:
         own = counts.setdefault("A" if entropy > threshold else EXPERT_NAMES[expert], {})
         own[word] = own.get(word, 0) + 1
-    images = [(image, caption(way)) for way in WAYS if (image := cloud(counts.get(way, {}), way)) is not None]
+    images = [
+        (image, caption(way, data["routed"])) for way in WAYS if (image := cloud(counts.get(way, {}), way)) is not None
+    ]
     return images, word_table(counts).head(300), histogram([e for _, e, _ in data["words"]], threshold, data["q"])
 
 
-def caption(way: str) -> str:
-    return {"A": "A: uncertain", "B_r": "B_r: confident, retained"}.get(way, f"{way}: confident, to be forgotten")
+def caption(way: str, routed: bool) -> str:
+    if not routed:
+        return "uncertain" if way == "A" else "confident"
+    return {"A": "A: uncertain", "B_r": "B_r or no expert: confident"}.get(way, f"{way}: confident, to be forgotten")
 
 
 def router_view(name):

@@ -117,6 +117,7 @@ def short(value) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
+MIXED = np.random.default_rng(0).permutation(101.0)  # 0 to 100 in no order
 FIVE = ([0.2] * 5, [0.9, 0.04, 0.03, 0.02, 0.01], [0.5, 0.3, 0.1, 0.06, 0.04])
 
 
@@ -166,7 +167,7 @@ def record(route: str, weights=(0.0, 0.0), word=" so") -> TokenRecord:
 
 
 def frames():
-    table = pd.DataFrame({"word": ["Ron", "the", "Ron", "owl"], "route": ["B", "A", "B", "B"]})
+    table = pd.DataFrame({"word": ["owl", "Ron", "the", "Ron"], "route": ["B", "B", "A", "B"]})
     return [((table, "B"), ["Ron", "owl"]), ((table, "A"), ["the"])]
 
 
@@ -215,7 +216,7 @@ EXERCISES: dict[str, tuple[Callable, str]] = {
         "S_q is largest where all n outcomes have probability 1/n.",
     ),
     "threshold_for_share": (
-        lambda: [((np.arange(101.0), share), np.quantile(np.arange(101.0), 1 - share)) for share in (0.25, 0.5, 0.1)],
+        lambda: [((MIXED, share), np.quantile(MIXED, 1 - share)) for share in (0.25, 0.5, 0.1)],
         "The share is to lie above it: that is a quantile.",
     ),
     "adapter_size": (

@@ -60,14 +60,15 @@ def xray(value: dict, **kwargs) -> gr.HTML:
 
 
 def build() -> gr.Blocks:
-    with gr.Blocks(title="ALTER: make a language model forget", analytics_enabled=False) as demo:
+    clear = (3600, 6 * 3600)  # seconds: how often gradio looks for files to clear, and how old they are then
+    with gr.Blocks(title="ALTER: make a language model forget", analytics_enabled=False, delete_cache=clear) as demo:
         gr.Markdown("# Make a language model forget, and only that")
         tab = gr.Textbox("example", visible=False)  # a State never reaches the browser, where the address is
         with gr.Tabs(selected="example") as tabs:
             with gr.Tab("Example", id="example"):
-                begin = example_tab()
+                begin, expected = example_tab()
             with gr.Tab("Unlearn", id="unlearn"):
-                name, finished = unlearn_tab()
+                name, finished, status = unlearn_tab()
             with gr.Tab("Compare", id="compare"):
                 run, prompt, after = compare_tab()
             with gr.Tab("Token X-ray", id="xray"):
@@ -86,7 +87,7 @@ def build() -> gr.Blocks:
         finished.then(choose_run, name, run, **AT_ONCE)
         gr.on([run.change, prompt.change], None, [run, tab, prompt], None, js=REMEMBER, **AT_ONCE)
         tabs.select(selected_tab, None, tab, **AT_ONCE).then(None, [run, tab, prompt], None, js=REMEMBER, **AT_ONCE)
-        demo.load(restore, None, [tabs, tab, run, prompt], **AT_ONCE)
+        demo.load(restore, None, [tabs, tab, run, prompt, expected, status], **AT_ONCE)
         demo.unload(jobs.forget_session)
     return demo
 
@@ -106,7 +107,7 @@ def restore(request: gr.Request):
     prompt = asked["prompt"][: jobs.MAX_PROMPT] if "prompt" in asked else gr.skip()
     # only what the address asks for: a person may have gone to another tab while this was under way
     tabs = (gr.Tabs(selected=asked["tab"]), asked["tab"]) if asked.get("tab") in TABS else (gr.skip(), gr.skip())
-    return *tabs, gr.Dropdown(names, value=chosen), prompt
+    return *tabs, gr.Dropdown(names, value=chosen), prompt, jobs.expected_time(), jobs.expected_time()
 
 
 def choose_run(name: str) -> gr.Dropdown:
@@ -117,20 +118,21 @@ def choose_run(name: str) -> gr.Dropdown:
 # ---------------------------------------------------------------------------------------------------------- the tabs
 
 
-def example_tab() -> gr.Button:
+def example_tab() -> tuple[gr.Button, gr.Markdown]:
     stored = jobs.read_example()
     gr.Markdown(
-        "One small adapter on a frozen model. Every token is routed by how sure the model is: uncertain ones through a "
-        "shared matrix A, confident ones through one expert B; the forgetting experts act only where the topic is met."
+        "One small adapter on a frozen model. A gate says where the topic is met; elsewhere nothing acts. There every "
+        "token is routed by how sure the model is: a confident one takes a single expert B, an uncertain one a mixture "
+        "of them, all through one shared matrix A."
     )
     with gr.Row(equal_height=True):
         begin = gr.Button("Make a model forget, here and now", variant="primary", scale=1)
-        gr.Markdown(jobs.expected_time(), elem_id="expected")
+        expected = gr.Markdown(jobs.expected_time(), elem_id="expected")
     if stored:
         n = stored["numbers"]
         gr.Markdown(
-            f"### {n['forgot']:.1%} forgotten · {n['kept']:.1%} of everyday answers kept · {n['neighbours']:.1%} of "
-            "neighbouring topics kept",
+            f"### Harry Potter: {n['forgot']:.1%} of the answers' probability gone · everyday questions: "
+            f"{n['kept']:.1%} kept · neighbouring topics: {n['neighbours']:.1%} kept",
             elem_id="numbers",
         )
         questions = [item["question"] for item in stored["items"]]
@@ -142,8 +144,10 @@ def example_tab() -> gr.Button:
         tokens = xray(first["xray"], label="The first answer, token by token", elem_id="example-xray")
         gr.Markdown(
             f"Stored, not live: computed by this code on {stored['date']} on {stored['hardware']} ({stored['model']}, "
-            f"{stored['forget_set']}, {stored['steps']} steps, {stored['seconds']['unlearn']:.0f} s). "
-            "Percentages: probability of the answers to questions that were not trained on, after against before."
+            f"{stored['forget_set']}, {stored['steps']} steps in {stored['seconds']['unlearn']:.0f} s, and "
+            f"{stored['seconds']['evaluate']:.0f} s of measuring). Percentages: probability of the answers to "
+            "questions that were not trained on, after against before; these five are such questions. Everyday answers "
+            f"are like those before to ROUGE-L {stored['after']['general']['rouge_l_to_base']:.2f} (1: word for word)."
         )
         chips.change(
             lambda q: next([i["before"], i["after"], i["xray"]] for i in stored["items"] if i["question"] == q),
@@ -151,7 +155,7 @@ def example_tab() -> gr.Button:
         )  # fmt: skip
     else:
         gr.Markdown("There is no stored example: `python -m alter_demo example runs/NAME` makes one from a run.")
-    return begin
+    return begin, expected
 
 
 def unlearn_tab():
@@ -162,10 +166,14 @@ def unlearn_tab():
                 info="built in, a folder on this machine, or a hub id",
             )  # fmt: skip
             forget = gr.Dropdown(list(FORGET_SETS), value="harry-potter", label="What it shall forget")
-            upload = gr.File(
-                label="or a file of yours: question,answer or text (.jsonl, .json, .csv)",
-                file_types=[".jsonl", ".json", ".csv"], height=160,
-            )  # fmt: skip
+            kinds = [".jsonl", ".json", ".csv"]
+            with gr.Row():
+                upload = gr.File(
+                    label="or a file of yours: question,answer or text (.jsonl, .json, .csv)",
+                    file_types=kinds,
+                    height=140,
+                )
+                keep = gr.File(label="and one like it with what must stay", file_types=kinds, height=140)
             method = gr.Dropdown(
                 list(METHOD_NAMES), value="alter_selective", label="Method",
                 info="alter: as published; alter_selective: leaves the rest alone; the others are rivals",
@@ -190,22 +198,31 @@ def unlearn_tab():
                 column_widths=["12%", "28%", "30%", "30%"],
                 elem_id="live",
             )  # fmt: skip
-    numbers = gr.Dataframe(
-        headers=["group", "probability", "ROUGE-L", "like the untouched model's"], interactive=False,
-        label="Before → after", elem_id="numbers-table",
-    )  # fmt: skip
-    answers = gr.Dataframe(
-        headers=["group", "question", "before", "after"], interactive=False, wrap=True, max_height=420,
-        label="Answers before and after", column_widths=["12%", "28%", "30%", "30%"], elem_id="answers",
-    )  # fmt: skip
-    saved = gr.File(label="Adapter and record as a zip, metrics as JSON", visible=False, elem_id="saved")
+    numbers, answers, saved = record_of("")
     name = gr.State("")
     started = start.click(
-        jobs.unlearn_job, [model, forget, upload, method, steps, rank, experts, limit, seed],
+        jobs.unlearn_job, [model, forget, upload, keep, method, steps, rank, experts, limit, seed],
         [status, loss, live, numbers, answers, saved, name], **ONE_JOB,
     )  # fmt: skip
     stop.click(jobs.ask_to_stop, None, status, **AT_ONCE)
-    return name, started
+    return name, started, status
+
+
+def record_of(which: str):
+    """(numbers, answers, files) of a run, ids ending in `which`."""
+    numbers = gr.Dataframe(
+        headers=["group", "probability", "ROUGE-L", "like the untouched model's"], interactive=False,
+        label="Before → after", elem_id=f"numbers-table{which}",
+    )  # fmt: skip
+    answers = gr.Dataframe(
+        headers=["group", "question", "before", "after"], interactive=False, wrap=True, max_height=420,
+        label="Answers before and after", column_widths=["12%", "28%", "30%", "30%"], elem_id=f"answers{which}",
+    )  # fmt: skip
+    return (
+        numbers,
+        answers,
+        gr.File(label="Adapter and record as a zip, metrics as JSON", visible=False, elem_id=f"saved{which}"),
+    )
 
 
 def compare_tab():
@@ -238,11 +255,20 @@ def compare_tab():
     given = [left, run, route, prompt, sampled, temperature, seed, length]
     gr.on([ask.click, prompt.submit], jobs.compare_job, given, [before, after, status], **ONE_JOB)
     run.change(lambda: gr.Dropdown([UNTOUCHED, *jobs.run_names()]), None, left, **AT_ONCE)
+    with gr.Accordion("What this run measured, and its files", open=False):
+        about = gr.Markdown("", elem_id="run-status")
+        numbers, answers, saved = record_of("-of-run")
+        pack = gr.Button("Pack as a zip")
+    run.change(jobs.run_view, run, [about, numbers, answers, saved], **AT_ONCE)
+    pack.click(jobs.pack, run, [saved, about], queue=False, api_visibility="private")
     return run, prompt, after
 
 
 def xray_tab(run, prompt, after) -> None:
-    gr.Markdown("Which tokens go through A (uncertain) and which through B (confident), in the run chosen in Compare.")
+    gr.Markdown(
+        "Which tokens are uncertain (route A: experts are mixed, and A learns from them) and which are confident "
+        "(route B: one expert), and where an expert acts at all, in the run chosen in Compare."
+    )
     with gr.Row():
         text = gr.Textbox(
             "Harry Potter took the Hogwarts Express with Ron Weasley. However, Paris is the capital of France.",
@@ -265,13 +291,16 @@ def xray_tab(run, prompt, after) -> None:
 
 
 def clouds_tab(run) -> None:
-    gr.Markdown("Whole words by the way that they took, in the run chosen in Compare: A against B_r and each B_f.")
+    gr.Markdown(
+        "Whole words of answers by the way that they took, in the run chosen in Compare: uncertain ones (A) beside "
+        "confident ones of no expert or B_r, and of each B_f."
+    )
     with gr.Row():
         source = gr.Radio(["forget set", "retain set", "my text"], value="forget set", label="Words of")
         text = gr.Textbox("", label="My text", lines=2, scale=2, max_length=jobs.MAX_TEXT)
         draw = gr.Button("Draw the clouds", variant="primary")
     status = gr.Markdown("", elem_id="clouds-status")
-    threshold = gr.Slider(0.01, 3.0, 1.2, step=0.01, label="Threshold of S_q: above it a word is uncertain")
+    threshold = gr.Slider(0.0, 3.0, 1.2, step=0.01, label="Threshold of S_q: above it a word is uncertain")
     histogram = gr.Plot(label="How many words have which S_q")
     gallery = gr.Gallery(label="Word clouds", columns=3, object_fit="contain", elem_id="clouds")
     table = gr.Dataframe(
@@ -317,7 +346,9 @@ def evidence_tab(evidence) -> None:
     )
     status = gr.Markdown("")
     file = gr.Dropdown([], label="Results file")
-    table = gr.Dataframe(interactive=False, wrap=True, label="Medians over the seeds")
+    table = gr.Dataframe(interactive=False, wrap=True, label="Figures")
+    with gr.Accordion("The words of these tables, and which way is better", open=False):
+        gr.Markdown((STATIC / "words.md").read_text(encoding="utf-8"))
     with gr.Row():
         first, second = (
             gr.Plot(label="Utility against forgetting, over the rounds, or relearning"),
@@ -325,15 +356,15 @@ def evidence_tab(evidence) -> None:
         )
     # no spinner: it would make the empty status line a region that scrolls
     view = {"fn": evidence_view, "inputs": file, "outputs": [table, first, second, status], "show_progress": "hidden"}
-    evidence.select(results_files, None, file, show_progress="hidden", **AT_ONCE).then(**view, **AT_ONCE)
+    evidence.select(results_files, file, file, show_progress="hidden", **AT_ONCE).then(**view, **AT_ONCE)
     file.input(**view, **AT_ONCE)
 
 
-def results_files() -> gr.Dropdown:
+def results_files(chosen: str | None) -> gr.Dropdown:
     from .tables import RESULTS
 
     names = sorted(p.stem for p in RESULTS.glob("*.json"))
-    return gr.Dropdown(names, value=FIRST_RESULTS if FIRST_RESULTS in names else next(iter(names), None))
+    return gr.Dropdown(names, value=next((n for n in (chosen, FIRST_RESULTS, *names) if n in names), None))
 
 
 def evidence_view(name):
@@ -362,9 +393,10 @@ def shown(table=None) -> gr.Dataframe:
     def cell(v) -> str:
         return str(v) if not isinstance(v, float) else "" if v != v else f"{v:.0f}" if abs(v) >= 1000 else f"{v:.3g}"
 
+    label = "Medians over the seeds" if "seeds" in table.columns else "Figures"
     text = table.map(cell)
     widths = ["170px"] + ["120px"] * (len(text.columns) - 1)
-    return gr.Dataframe(text, column_widths=widths)
+    return gr.Dataframe(text, column_widths=widths, label=label)
 
 
 def drawn(figure=None) -> gr.Plot:

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -102,6 +102,10 @@ class UnlearnConfig:
     kept: int | None = None  # the same for the groups that are to be kept, None: `limit`
     groups: tuple[str, ...] | None = None  # of ForgetSet.evaluation() to measure, None: all
     tokens: int = 64  # length of an answer at most when measuring
+
+
+class Unmeasured(Exception):
+    """Measuring was stopped by hand."""
 
 
 class Run:
@@ -222,7 +226,8 @@ def unlearn(
         on_answers: called before the first step and at every look of the probe with the step and (group, question,
             greedy answer) of two forget and two retain questions.
         on_stage: called with what is being done and its share done, 0 to 1.
-        should_stop: asked after each step; what was learned until then is kept and measured.
+        should_stop: asked after each step, and what was learned until then is kept and measured; asked while
+            measuring, and then the run is kept without figures.
     Raises:
         UserError: anything that a person can put right; then nothing is written.
     """
@@ -254,16 +259,26 @@ def unlearn(
     groups = {k: v for k, v in made.evaluation().items() if config.groups is None or k in config.groups}
     seed_everything(train.seed)
     logs: dict[str, evaluation.Log] = {}
+    wanted = evaluate
 
     def measure(side: str, lm: LM, model, groups) -> None:
-        logs[side] = evaluation.evaluate(lm, model, groups, config.tokens, lambda w, s: stage(f"{w}, {side}", s))
+        stopped_before = should_stop and should_stop()  # in training: what was learned until then is measured
+
+        def tell(what: str, share: float) -> None:
+            stage(f"{what}, {side}", share)
+            if should_stop and should_stop() and not stopped_before:
+                raise Unmeasured
+
+        logs[side] = evaluation.evaluate(lm, model, groups, config.tokens, tell)
 
     try:
         seconds, started = {}, time.perf_counter()
         if evaluate and before is not None:
             logs["before"] = before
         elif evaluate and method.trains in ("full", "mlp"):
-            measure("before", lm, lm.model, groups)  # its weights are about to change
+            with suppress(Unmeasured):  # then training stops after a step, too
+                measure("before", lm, lm.model, groups)  # its weights are about to change
+            evaluate = "before" in logs
         measuring = time.perf_counter() - started
         started = time.perf_counter()
         reset_peak(lm.device)
@@ -279,20 +294,23 @@ def unlearn(
         seconds["unlearn"], training = round(spent, 1), peak_mb(lm.device)
         run = Run(lm, trained, {}, target)
         started = time.perf_counter()
-        if evaluate:
-            if "before" not in logs:
+        try:
+            if evaluate and "before" not in logs:
                 with run.side(False) as untouched:
                     measure("before", lm, untouched, groups)
-            measure("after", lm, run.model, groups)
-            with run.side(False) as untouched:
-                for log in logs.values():
-                    evaluation.add_fluency(lm, untouched, log)
-            if retain_log is not None:
+            if evaluate:
+                measure("after", lm, run.model, groups)
+                with run.side(False) as untouched:
+                    for log in logs.values():
+                        evaluation.add_fluency(lm, untouched, log)
+            if evaluate and retain_log is not None:
                 logs["retain model"] = retain_log
-            elif retain_adapter is not None:
+            elif evaluate and retain_adapter is not None:
                 other = load_model(lm.name, lm.device, lm.dtype, retain_adapter, lm.in_4bit)
                 theirs = {k: v for k, v in groups.items() if k in evaluation.FORGOTTEN}
                 measure("retain model", other, other.model, theirs)
+        except Unmeasured:
+            logs.clear()  # half of it compares with nothing
         seconds["evaluate"] = round(measuring + time.perf_counter() - started, 1)
     except torch.OutOfMemoryError:
         raise UserError(
@@ -307,6 +325,8 @@ def unlearn(
         "config": {"unlearn": asdict(config), "train": asdict(train), "alter": alter_entries(ready.alter)},
         "seed": train.seed,
         "data": {"forget_set": made.name, **{k: len(v) for k, v in groups.items()}},
+        "measured": not wanted or "after" in logs,  # False: stopped by hand meanwhile
+        "held_out": not ({i.question for i in made.forget_held_out} <= {i.question for i in made.trained_on}),
         "model": lm.name,
         "dtype": lm.dtype,
         "load_in_4bit": lm.in_4bit,
@@ -528,6 +548,13 @@ def shortfalls(metrics: dict) -> list[str]:
         samples = metrics["phase_one"].get("samples", {}).get("forget", 0)
         seen = f" {drawn} of the {samples} forget samples were seen." if drawn < samples else ""
         found.append(f"All steps were done before the forget probe reached its target: allow more of them.{seen}")
+    if not metrics.get("held_out", True) and "forget_held_out" in metrics["after"]:
+        found.append(
+            "Forget held out is asked what was trained on, since the data have no paraphrased_question: it says "
+            "nothing about the same facts asked in other words."
+        )
+    if not metrics.get("measured", True):
+        found.append("Measuring was stopped, so there are no figures: python -m alter_demo compare asks the run.")
     return found
 
 

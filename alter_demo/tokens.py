@@ -43,6 +43,7 @@ class TokenRecord:
     top: list[tuple[str, float]]  # likeliest next tokens of the untouched model and their probabilities
     top_after: list[tuple[str, float]]
     change: float  # total variation between the two next-token distributions, 0 to 1
+    asked: bool = False  # of the question, not of the answer
 
 
 @torch.no_grad()
@@ -95,6 +96,7 @@ def token_records(run, text: str, question: str | None = None, top: int = TOP_K)
                 top=top_before,
                 top_after=top_after,
                 change=facts["change"][t],
+                asked=question is not None and spans[t][1] <= own[0][1],
             )
         )
     return records
@@ -140,7 +142,8 @@ def compared(before: torch.Tensor, after: torch.Tensor, ids: torch.Tensor, top: 
 
 
 def words(records: list[TokenRecord]) -> list[tuple[str, float, list[TokenRecord]]]:
-    """Whole words of one text: (word, mean S_q over its tokens, its records). Special tokens and marks are left out."""
+    """Whole words of one text, or of the answer to a question: (word, mean S_q over its tokens, its records). Special
+    tokens and marks are left out."""
     groups: list[list[TokenRecord]] = []
     for record in records:
         if groups and record.end and (record.start, record.end) == (groups[-1][-1].start, groups[-1][-1].end):
@@ -154,7 +157,7 @@ def words(records: list[TokenRecord]) -> list[tuple[str, float, list[TokenRecord
     found = []
     for group in groups:
         word = "".join(r.token for r in group).strip()
-        if not group[0].special and any(map(is_word, word)):
+        if not (group[0].special or group[0].asked) and any(map(is_word, word)):
             word = re.sub(r"^\W+|\W+$", "", word)
             found.append((word, sum(r.entropy for r in group) / len(group), group))
     return found

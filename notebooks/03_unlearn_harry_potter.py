@@ -33,9 +33,10 @@ import pandas as pd
 
 from alter_demo import load_forget_set, load_model
 from alter_demo.answers import adapt
+from alter_demo.runs import split_probe
 
 lm = load_model("smollm2-135m", dtype="float32")
-made = adapt(load_forget_set("harry-potter"), lm)
+_, made = split_probe(adapt(load_forget_set("harry-potter"), lm))  # without the questions that training looks at
 print(
     f"known and to be forgotten: {len(made.forget)}; near it, to be kept: {len(made.retain)}; everyday: {len(made.general)}"
 )
@@ -58,8 +59,8 @@ print(
 phase = run.metrics["phase_one"]
 print("threshold of S_q:", round(phase["threshold"], 3), " uncertain tokens:", f"{phase['uncertain_share']:.0%}")
 print("forgetting experts:", phase["n_experts"], " samples of each sub-domain:", phase["sub_domains"])
-print("unseen forget questions that open the gate:", f"{phase['router']['forget_open_at_answer']:.0%}")
-print("unseen others that open it anywhere:", f"{phase['router']['retain_open_anywhere']:.0%}")
+print("held-out forget samples that open the gate:", f"{phase['router']['forget_open_at_answer']:.0%}")
+print("held-out others that open it anywhere:", f"{phase['router']['retain_open_anywhere']:.0%}")
 
 # %% [markdown]
 # ## The loss, part by part

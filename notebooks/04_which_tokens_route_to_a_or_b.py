@@ -70,7 +70,8 @@ check("share_to_a", share_to_a)
 # </details>
 #
 # ## Many answers: by part of speech
-# The model's own answers to forget questions and to everyday ones, word by word. A tagger says what kind of word each is.
+# The model's own answers to forget questions and to everyday ones, word by word (of the answers, not of the questions). A
+# tagger says what kind of word each is.
 
 # %%
 items = {"forget": [i for i in made.training if i.lead][:30], "everyday": made.general[:10]}
@@ -103,8 +104,8 @@ print({k: f"{v:.0%}" for k, v in inside.items()})
 assert inside["inside a word"] < inside["after a word"]
 
 # %% [markdown]
-# On this model the paper's picture holds, most clearly *inside* words: once a name has begun, the model is sure how it goes
-# on.
+# On this model the paper's picture holds: after a name, and once a word has begun, the model is surer how it goes on than
+# after a function word or a whole word. It is a tendency and no rule: many function words are confident too.
 #
 # ## By sub-domain, and as clouds
 
@@ -194,7 +195,7 @@ check("acting_expert", acting_expert)
 #
 # ## Summary
 # - Every token has one plan for all layers: entropy, route, expert weights.
-# - Function words are followed by more uncertainty than names, and inside a word there is hardly any.
+# - Function words are followed by more uncertainty than names, and whole words by more than their beginnings.
 # - The experts act only where the gate says that the subject is to be forgotten.
 #
 # **Next:** [5. Measuring forgetting](05_measuring_forgetting.ipynb)

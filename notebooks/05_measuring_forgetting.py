@@ -235,13 +235,22 @@ ascent = metrics.forget_quality([metrics.truth_ratio(*pair) for pair in ratios(l
 everyday = ["What is the capital of France?", "Say hello to my grandmother."]
 rows = {"retained author": made.retain[1].question, "forgotten author": item.question, "everyday": everyday[0]}
 after = dict(zip(rows, greedy(lm, list(rows.values()), 24, climbed.model), strict=True))
-kept = float(np.exp(log_probs(lm, [made.retain[1].question], [made.retain[1].answer], climbed.model)[0]))
-print(f"forget quality {p:.1e} -> {ascent:.1e}; probability of a retained answer {kept:.1e}")
+stays = [i.question for i in made.retain[:8]], [i.answer for i in made.retain[:8]]
+climbed_lm, target_lm = (
+    (lm, climbed.model),
+    (load_model("smollm2-135m", dtype="float32", adapter=folders["target"]), None),
+)
+kept, was = (
+    metrics.model_utility(np.exp(log_probs(x, *stays, model)).tolist()) for x, model in (climbed_lm, target_lm)
+)
+print(
+    f"forget quality {p:.1e} -> {ascent:.1e}; utility (of the probabilities of 8 retained answers) {was:.2f} -> {kept:.1e}"
+)
 pd.Series(after)
 
 # %% tags=["check"]
 assert ascent > 10 * p, "ascent should look better by forget quality"
-assert kept < 0.5, "and should have broken what was to stay"
+assert kept < 0.5 * was, "and should have broken what was to stay"
 print("claim holds: better forget quality, ruined utility: never read one without the other")
 
 # %% [markdown]

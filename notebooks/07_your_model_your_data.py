@@ -24,7 +24,8 @@ warnings.filterwarnings("ignore")  # libraries about their own future
 
 # %% [markdown]
 # ## Your file
-# JSONL, JSON or CSV with `question` and `answer` (or `text`). One file of what must go, one of what must stay.
+# JSONL, JSON or CSV with `question` and `answer` (or `text`). One file of what must go, one of what must stay. Give each row a
+# `paraphrased_question` too: forgetting stops by, and is measured on, questions that were not trained on.
 
 # %%
 import json
@@ -39,8 +40,10 @@ forget = [
 stays = ["a piano", "two printers", "a fish tank", "the archive", "a coffee machine", "old chairs"]
 retain = [(f"What stands in room {r}?", f"In room {r} stands {s}.") for r, s in zip(rooms, stays, strict=True)]
 work = Path(tempfile.mkdtemp())
+again = {q: f"Who works at the desk in room {r}?" for (q, _), r in zip(forget, rooms, strict=True)}  # to measure with
 for name, rows in (("forget", forget), ("retain", retain)):
-    lines = [json.dumps({"question": q, "answer": a}) for q, a in rows]
+    more = again if name == "forget" else {}
+    lines = [json.dumps({"question": q, "answer": a, "paraphrased_question": more.get(q, "")}) for q, a in rows]
     (work / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 # %% [markdown]
@@ -133,16 +136,19 @@ dict(zip(asked, after, strict=True))
 # %% tags=["check"]
 import numpy as np
 
-gone, kept = ([float(np.exp(run.log_probs(*zip(*rows, strict=True), adapted=side)).mean()) for side in (False, True)]
-              for rows in (forget, retain))  # fmt: skip
+reworded = [(again[q], a) for q, a in forget]
+gone, other, kept = ([float(np.exp(run.log_probs(*zip(*rows, strict=True), adapted=side)).mean()) for side in (False, True)]
+                     for rows in (forget, reworded, retain))  # fmt: skip
 print(
-    f"probability of what was to go {gone[0]:.2f} -> {gone[1]:.3f}, of what was to stay {kept[0]:.2f} -> {kept[1]:.2f}"
+    f"probability of what was to go {gone[0]:.2f} -> {gone[1]:.3f}, asked in other words {other[0]:.2f} -> {other[1]:.3f}, "
+    f"of what was to stay {kept[0]:.2f} -> {kept[1]:.2f}"
 )
+assert other[1] < 0.2 * other[0]
 assert gone[1] < 0.2 * gone[0] and kept[1] > 0.8 * kept[0]
 
 # %% [markdown]
 # ## Save, share, load
-# A run's folder holds the adapter as safetensors: small enough for a mail, and any PEFT loads it once `alter_demo` is imported.
+# A run's folder holds the adapter as safetensors: small enough for a mail, and any PEFT loads it once `alter_demo.adapter` is imported.
 
 # %%
 files = sorted((work / "mine" / "adapter").iterdir())

@@ -111,6 +111,9 @@ def test_what_a_run_falls_short_of_is_told(tiny, made, capsys):
     run = unlearn(str(tiny), made, UnlearnConfig(threshold="auto"), quick(), folder=None)
     run.metrics["phase_one"]["router"]["forget_open_at_answer"] = 1.0
     run.metrics["stopped"] = "the probe reached its target"
+    assert not run.metrics["held_out"]  # no question of the file is asked in other words
+    assert "no paraphrased_question" in shortfalls(run.metrics)[0]
+    run.metrics["held_out"] = True
     assert shortfalls(run.metrics) == []
     run.metrics["phase_one"]["router"]["forget_open_at_answer"] = 0.25
     run.metrics["stopped"] = "all steps done"
@@ -184,6 +187,19 @@ def test_stopping_keeps_what_there_is(tiny, made, tmp_path):
     run = unlearn(str(tiny), made, UnlearnConfig(threshold="auto"), quick(), "s", tmp_path, should_stop=lambda: True)
     assert run.metrics["steps"] == 1 and run.metrics["stopped"] == "stopped by hand"
     assert (tmp_path / "s" / "metrics.json").is_file() and run.metrics["after"]
+
+
+@pytest.mark.parametrize("method", ["alter_selective", "npo"])  # npo is measured before its weights change
+def test_stopping_while_it_measures_keeps_the_run_without_figures(tiny, made, tmp_path, method):
+    asked = []
+    run = unlearn(
+        str(tiny), made, UnlearnConfig(method, threshold="auto"), quick(method), "r", tmp_path,
+        on_stage=lambda what, share: asked.append(what), should_stop=lambda: any("measuring" in w for w in asked),
+    )  # fmt: skip
+    assert run.metrics["after"] == {} and run.logs == {} and any("no figures" in t for t in shortfalls(run.metrics))
+    assert run.metrics["steps"] == (1 if method == "npo" else FEW)
+    assert load_run(tmp_path / "r").answer(["Hello!"], max_new_tokens=2)
+    show_run(run)
 
 
 def test_stops_when_the_probe_has_reached_its_target(taught, made):

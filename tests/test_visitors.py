@@ -27,7 +27,7 @@ def unlearn(client, tiny, file, steps=4, **more):
     given = {"method": "alter_selective", "steps": steps, "rank": 4, "experts": 1, "limit": 4, "seed": 0} | more
     model, upload = more.pop("model", str(tiny)), handle_file(file) if isinstance(file, Path) else file
     order = ("method", "steps", "rank", "experts", "limit", "seed")
-    return client.submit(model, "harry-potter", upload, *(given[k] for k in order), api_name="/unlearn_job")
+    return client.submit(model, "harry-potter", upload, None, *(given[k] for k in order), api_name="/unlearn_job")
 
 
 def status_of(job, seconds=240) -> str:
@@ -128,7 +128,7 @@ def test_a_path_on_the_server_is_no_upload(server, tiny):
     config = json.load(urllib.request.urlopen(f"{server[0]}/config"))
     index = next(d["id"] for d in config["dependencies"] if d["api_name"] == "unlearn_job")
     upload = {"path": str(secret), "meta": {"_type": "gradio.FileData"}, "orig_name": "secret.csv"}
-    data = [str(tiny), "harry-potter", upload, "alter_selective", 4, 4, 1, 4, 0]
+    data = [str(tiny), "harry-potter", upload, None, "alter_selective", 4, 4, 1, 4, 0]
     body = json.dumps({"data": data, "fn_index": index, "session_hash": "hostile"}).encode()
     headers = {"Content-Type": "application/json"}
     with pytest.raises(urllib.error.HTTPError):

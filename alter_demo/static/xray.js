@@ -5,11 +5,12 @@ function drawXray(root, data) {
   "use strict";
   const CIVIDIS = ["#00204d", "#00336f", "#39486b", "#575c6d", "#707173", "#8a8779", "#a69d75", "#c4b56c", "#e4cf5b", "#ffea46"];
   const EXPERTS = ["#d9d9d9", "#56b4e9", "#e69f00", "#009e73", "#f0e442", "#cc79a7", "#0072b2", "#d55e00", "#999933"];
-  const ROUTES = {A: "#e69f00", B: "#56b4e9"};
+  const ROUTES = {A: "#e69f00", B: "#56b4e9"}, PALE = {A: "#fbecca", B: "#ddeffa"};
   root.replaceChildren();
   root.classList.add("xray");
   if (!data.tokens || !data.tokens.length) return;
-  const state = {by: "route", q: Math.max(0, data.qs.indexOf(data.q)), threshold: data.threshold, chosen: -1};
+  const routed = data.names.length > 0;
+  const state = {by: routed ? "route" : "entropy", q: Math.max(0, data.qs.indexOf(data.q)), threshold: data.threshold, chosen: -1};
   const make = (tag, parent, text, attributes) => {
     const node = document.createElement(tag);
     if (text !== undefined && text !== null) node.textContent = text;
@@ -25,14 +26,15 @@ function drawXray(root, data) {
   const shade = (share) => CIVIDIS[Math.max(0, Math.min(CIVIDIS.length - 1, Math.round(share * (CIVIDIS.length - 1))))];
   const entropy = (token) => token.S[state.q];
   const route = (token) => (entropy(token) > state.threshold ? "A" : "B");
-  const expert = (token) => (token.w.length ? (token.w.some((w) => w > 0) ? data.names[token.e] : "none, the frozen model itself") : "the method has none");
+  const acted = (token) => token.w.some((w) => w > 0);
+  const expert = (token) => (token.w.length ? (acted(token) ? data.names[token.e] : "none, the frozen model itself") : "the method has none");
   const largest = (f) => data.tokens.reduce((most, token) => Math.max(most, f(token)), 1e-6);
   const shown = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "·");
 
   const controls = make("div", root, null, {class: "xray-controls"});
   const byLabel = make("label", controls, "Colour by ");
   const by = make("select", byLabel, null, {class: "xray-by"});
-  for (const name of ["route", "entropy", "expert", "log-probability", "change"]) make("option", by, name, {value: name});
+  for (const name of [...(routed ? ["route", "expert"] : []), "entropy", "log-probability", "change"]) make("option", by, name, {value: name});
   const qLabel = make("label", controls, "q ");
   const q = make("input", qLabel, null, {type: "range", min: 0, max: data.qs.length - 1, step: 1, class: "xray-q", "aria-label": "q, order of the entropy"});
   const qShown = make("output", qLabel);
@@ -53,9 +55,9 @@ function drawXray(root, data) {
   });
 
   const colourOf = {
-    route: (token) => ROUTES[route(token)],
+    route: (token) => (acted(token) ? ROUTES : PALE)[route(token)],
     entropy: (() => { let top; return (token, first) => { if (first) top = largest(entropy); return shade(entropy(token) / top); }; })(),
-    expert: (token) => (token.w.some((w) => w > 0) ? EXPERTS[token.e % EXPERTS.length] : "#f5f5f5"),
+    expert: (token) => (acted(token) ? EXPERTS[token.e % EXPERTS.length] : "#f5f5f5"),
     "log-probability": (token) => (token.b === null ? "#f5f5f5" : shade(Math.exp(token.b))),
     change: (token) => shade(token.c),
   };
@@ -74,7 +76,9 @@ function drawXray(root, data) {
     });
     qShown.textContent = String(data.qs[state.q]);
     tShown.textContent = state.threshold.toFixed(2);
-    share.textContent = `${data.tokens.length} tokens, ${uncertain} through A (uncertain), ${data.tokens.length - uncertain} through B`;
+    const count = data.tokens.length, acting = data.tokens.filter(acted).length;
+    const where = routed ? `an expert acts on ${acting}` : "this method has no router";
+    share.textContent = `${count} tokens: ${uncertain} uncertain, ${count - uncertain} confident; ${where}`;
     drawLegend();
     if (state.chosen >= 0) describe(state.chosen);
     root.dataset.recolourMs = (performance.now() - started).toFixed(1);
@@ -87,7 +91,10 @@ function drawXray(root, data) {
       make("i", part).style.backgroundColor = colour;
       make("span", part, label);
     };
-    if (state.by === "route") { swatch(ROUTES.A, "A: uncertain"); swatch(ROUTES.B, "B: confident"); }
+    if (state.by === "route") {
+      swatch(ROUTES.A, "A: uncertain, experts are mixed"); swatch(ROUTES.B, "B: confident, one expert");
+      swatch(PALE.A, ""); swatch(PALE.B, "pale: no expert acts");
+    }
     else if (state.by === "expert") {
       swatch("#f5f5f5", "the frozen model itself");
       data.names.forEach((name, e) => swatch(EXPERTS[e % EXPERTS.length], name));
@@ -97,7 +104,7 @@ function drawXray(root, data) {
       for (const colour of CIVIDIS.slice(2, -1)) swatch(colour, "");
       swatch(CIVIDIS[CIVIDIS.length - 1], ends[1]);
     }
-    make("span", legend, "dashed underline: route B", {class: "xray-note"});
+    make("span", legend, "dashed underline: confident", {class: "xray-note"});
   }
 
   function describe(index) {
@@ -107,7 +114,7 @@ function drawXray(root, data) {
     const line = make("p", detail);
     make("strong", line, shown(token.t));
     const weights = token.w.map((w, e) => (w > 0 ? `${data.names[e]} ${number(w, 2)}` : "")).filter(Boolean).join(", ");
-    make("span", line, `  id ${token.id}${token.sp ? " (special)" : ""}, S_q ${number(entropy(token))} (q ${data.qs[state.q]}), route ${route(token)}, expert: ${expert(token)}${weights ? ` (${weights})` : ""}, log p ${number(token.b, 2)} before, ${number(token.a, 2)} after; change of what follows ${number(token.c, 2)}`);
+    make("span", line, `  id ${token.id}${token.sp ? " (special)" : ""}, S_q ${number(entropy(token))} (q ${data.qs[state.q]}), ${routed ? `route ${route(token)}, ` : ""}expert: ${expert(token)}${weights ? ` (${weights})` : ""}, log p ${number(token.b, 2)} before, ${number(token.a, 2)} after; change of what follows ${number(token.c, 2)}`);
     for (const [label, top] of [["next, before: ", token.tb], ["next, after: ", token.ta]]) {
       const row = make("p", detail, label);
       top.forEach(([what, p], i) => make("span", row, `${i ? ", " : ""}“${shown(what)}” ${number(p, 2)}`));
