@@ -117,7 +117,7 @@ def short(value) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-MIXED = np.random.default_rng(0).permutation(101.0)  # 0 to 100 in no order
+MIXED = np.random.default_rng(0).permutation(np.arange(101.0))  # 0 to 100 in no order
 FIVE = ([0.2] * 5, [0.9, 0.04, 0.03, 0.02, 0.01], [0.5, 0.3, 0.1, 0.06, 0.04])
 
 
