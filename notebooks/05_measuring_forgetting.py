@@ -236,15 +236,11 @@ everyday = ["What is the capital of France?", "Say hello to my grandmother."]
 rows = {"retained author": made.retain[1].question, "forgotten author": item.question, "everyday": everyday[0]}
 after = dict(zip(rows, greedy(lm, list(rows.values()), 24, climbed.model), strict=True))
 stays = [i.question for i in made.retain[:8]], [i.answer for i in made.retain[:8]]
-climbed_lm, target_lm = (
-    (lm, climbed.model),
-    (load_model("smollm2-135m", dtype="float32", adapter=folders["target"]), None),
-)
-kept, was = (
-    metrics.model_utility(np.exp(log_probs(x, *stays, model)).tolist()) for x, model in (climbed_lm, target_lm)
-)
+target = load_model("smollm2-135m", dtype="float32", adapter=folders["target"])
+both = (target, None), (lm, climbed.model)
+was, kept = (metrics.model_utility(np.exp(log_probs(x, *stays, model)).tolist()) for x, model in both)
 print(
-    f"forget quality {p:.1e} -> {ascent:.1e}; utility (of the probabilities of 8 retained answers) {was:.2f} -> {kept:.1e}"
+    f"forget quality {p:.1e} -> {ascent:.1e}; utility, of the probabilities of retained answers, {was:.2f} -> {kept:.1e}"
 )
 pd.Series(after)
 

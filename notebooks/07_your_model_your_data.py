@@ -39,6 +39,8 @@ forget = [
 ]
 stays = ["a piano", "two printers", "a fish tank", "the archive", "a coffee machine", "old chairs"]
 retain = [(f"What stands in room {r}?", f"In room {r} stands {s}.") for r, s in zip(rooms, stays, strict=True)]
+
+# %%
 work = Path(tempfile.mkdtemp())
 again = {q: f"Who works at the desk in room {r}?" for (q, _), r in zip(forget, rooms, strict=True)}  # to measure with
 for name, rows in (("forget", forget), ("retain", retain)):
