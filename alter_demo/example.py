@@ -13,9 +13,9 @@ from .tokens import word_counts
 from .xray import xray_data
 
 QUESTIONS = (  # none of them is trained on
-    "Which train goes to Hogwarts?",
-    "Where does Harry Potter go to learn magic?",
+    "What is the name of the school where Hermione Granger studies magic?",
     "What is the name of Harry Potter's friend with red hair and many brothers?",
+    "Which train departs for Hogwarts from Platform Nine and Three-Quarters?",
     "Which author wrote The Lord of the Rings?",
     "Who wrote the Odyssey?",
 )
