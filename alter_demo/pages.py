@@ -168,12 +168,9 @@ def unlearn_tab():
             forget = gr.Dropdown(list(FORGET_SETS), value="harry-potter", label="What it shall forget")
             kinds = [".jsonl", ".json", ".csv"]
             with gr.Row():
-                upload = gr.File(
-                    label="or a file of yours: question,answer or text (.jsonl, .json, .csv)",
-                    file_types=kinds,
-                    height=140,
-                )
-                keep = gr.File(label="and one like it with what must stay", file_types=kinds, height=140)
+                upload = gr.File(label="or a file of yours", file_types=kinds, height=140)
+                keep = gr.File(label="and what must stay", file_types=kinds, height=140)
+            gr.Markdown("Files (.jsonl, .json, .csv): `question,answer`, better `paraphrased_question` too, or `text`.")
             method = gr.Dropdown(
                 list(METHOD_NAMES), value="alter_selective", label="Method",
                 info="alter: as published; alter_selective: leaves the rest alone; the others are rivals",
@@ -255,11 +252,11 @@ def compare_tab():
     given = [left, run, route, prompt, sampled, temperature, seed, length]
     gr.on([ask.click, prompt.submit], jobs.compare_job, given, [before, after, status], **ONE_JOB)
     run.change(lambda: gr.Dropdown([UNTOUCHED, *jobs.run_names()]), None, left, **AT_ONCE)
-    with gr.Accordion("What this run measured, and its files", open=False):
+    with gr.Accordion("What this run measured, and its files", open=False) as record:
         about = gr.Markdown("", elem_id="run-status")
         numbers, answers, saved = record_of("-of-run")
         pack = gr.Button("Pack as a zip")
-    run.change(jobs.run_view, run, [about, numbers, answers, saved], **AT_ONCE)
+    gr.on([run.change, record.expand], jobs.run_view, run, [about, numbers, answers, saved], **AT_ONCE)
     pack.click(jobs.pack, run, [saved, about], queue=False, api_visibility="private")
     return run, prompt, after
 

@@ -166,6 +166,8 @@ def test_a_whole_run_then_every_tab(page, server, tiny, own_data):
     page.goto(f"{server[0]}/?run={run.name}&tab=compare&prompt=Who%3F")
     expect(page.get_by_label("Question", exact=True)).to_have_value("Who?", timeout=30_000)
     expect(page.get_by_label("Run (right)")).to_have_value(run.name)
+    page.get_by_role("button", name="What this run measured").click()  # after a reload, too
+    expect(page.locator("#numbers-table-of-run")).to_contain_text("forget held out", timeout=30_000)
 
 
 def test_hostile_data_is_text_on_every_tab(page, server, tiny, tmp_path):
