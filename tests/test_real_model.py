@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def lm():
-    return load_model("smollm2-135m")
+    return load_model("smollm2-135m", dtype="float32")
 
 
 def test_built_in_model_speaks_and_knows(lm):
