@@ -34,7 +34,7 @@ from .models import (
     peak_mb,
     reset_peak,
 )
-from .results import updating
+from .results import put
 from .routing import Plan
 from .training import router_state
 
@@ -114,9 +114,7 @@ def store(result: dict, path: Path) -> None:
     parts = ("step_seconds", "peak_memory_mb", "tokens_per_second", "ratio")
     metrics = {f"{part}_{k}": v for part in parts for k, v in result[part].items()}
     entry = {"id": own, "method": "bench", "seed": 0, "metrics": metrics, "config": result["settings"]}
-    entry |= {"hardware": result["hardware"], "date": time.strftime("%Y-%m-%d")}
-    with updating(path) as results:
-        results["runs"] = [r for r in results["runs"] if r["id"] != own] + [entry]
+    put(path, entry | {"hardware": result["hardware"], "date": time.strftime("%Y-%m-%d")})
 
 
 def load(model: str, device: str, dtype: str, load_in_4bit: bool = False) -> LM:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .data import EXAMPLE
 from .errors import UserError
-from .results import read_results, updating, write_json
+from .results import put, read_results, write_json
 from .tokens import word_counts
 from .xray import xray_data
 
@@ -80,6 +80,4 @@ def store_words(run, path: Path, items: int = WORD_ITEMS) -> dict:
         "config": {"forget": run.metrics["data"]["forget_set"], "model": run.metrics["model"], "items": items,
                    "threshold": threshold}, "hardware": run.lm.hardware, "words": counts,
     }  # fmt: skip
-    with updating(path) as results:
-        results["runs"] = [r for r in results["runs"] if r["id"] != entry["id"]] + [entry]
-    return results
+    return put(path, entry)

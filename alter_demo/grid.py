@@ -24,7 +24,7 @@ from .entropy import PUBLISHED_THRESHOLD
 from .errors import Diverged, UserError
 from .methods import METHODS
 from .models import MODELS, cache_dir, load_model
-from .results import SIZES, TAUGHT, read_results, updating
+from .results import SIZES, TAUGHT, put, read_results
 from .runs import LAYERS, UnlearnConfig, check_config, check_method, next_round, split_probe, unlearn
 from .teaching import LearnConfig, learn
 from .training import TrainConfig, train_config
@@ -32,6 +32,7 @@ from .training import TrainConfig, train_config
 TOFU_GROUPS = ("forget", "retain", "real_authors", "world_facts", "holdout")
 OTHER_GROUPS = ("forget", "retain", "general", "holdout")  # without TOFU's real authors and world facts
 KNOWN_GROUPS = ("forget", "forget_held_out", "neighbours", "general")  # of what is known from pre-training
+USUAL_DTYPES = ("auto", "float32")
 FULL_PASSES = 5  # over a taught set where all of it is measured, as in TOFU: the methods' own steps are for a small one
 
 
@@ -91,8 +92,8 @@ def taught(config: GridConfig, made: ForgetSet, device: str, dtype: str, on_step
         else f"{Path(config.model).name}-{mark((config.model, stamp(config.model)))}"
     )
     items = mark([(i.question, i.answer) for i in (*made.retain, *made.trained_on)])
-    usual = dtype in ("auto", "float32")
-    name = f"{made.name}-{config.retain_items or 'all'}-{model}-{config.epochs}-{items}{'' if usual else '-' + dtype}"
+    dtypes = [] if dtype in USUAL_DTYPES else [dtype]
+    name = "-".join(map(str, (made.name, config.retain_items or "all", model, config.epochs, items, *dtypes)))
     folders = {which: cache_dir() / "taught" / name / which for which in TAUGHT}
     for which, folder in folders.items():
         if not (folder / "adapter_config.json").is_file():
@@ -126,7 +127,7 @@ class How:
     def loaded(self) -> dict:
         """How the models were loaded, where that is not the usual way."""
         found = {"dtype": self.dtype, "load_in_4bit": self.load_in_4bit, "retain_model": self.retain_model}
-        return {k: v for k, v in found.items() if v and v not in ("auto", "float32")}
+        return {k: v for k, v in found.items() if v and v not in USUAL_DTYPES}
 
     @property
     def settings(self) -> list[dict]:
@@ -294,8 +295,7 @@ class Bench:
         tried = overrides.keys() - MARKS - VARIANTS.get(overrides.get("variant"), {}).keys()
         if not tried:  # takes the place of one that ran with other settings
             stale = {*stale, entry["id"]}
-        with updating(self.how.path) as self.results:
-            self.results["runs"] = [r for r in self.results["runs"] if r["id"] not in stale] + [entry]
+        self.results = put(self.how.path, entry, stale)
 
 
 def configs(method: str, values: dict, seed: int = 0) -> tuple[UnlearnConfig, TrainConfig]:

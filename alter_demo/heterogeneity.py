@@ -20,7 +20,7 @@ from sklearn.decomposition import PCA
 from .data import Item, load_forget_set, render
 from .errors import UserError
 from .models import LM
-from .results import read_results, updating
+from .results import put, read_results
 from .teaching import LearnConfig
 from .training import AnswerTrainer, Pairs, arguments, collate_pairs
 
@@ -118,6 +118,4 @@ def store(lm: LM, path: Path, n: int = 4, steps: int = 24, layers: int = 4, seed
         "config": config, "hardware": lm.hardware, "seconds": {"learn": round(seconds, 1)},
         "points": projected(weights).round(5).to_dict("records"),
     }  # fmt: skip
-    with updating(path) as results:
-        results["runs"] = [r for r in results["runs"] if r["id"] != entry["id"]] + [entry]
-    return results
+    return put(path, entry)

@@ -188,12 +188,16 @@ def unlearn_job(model, forget, upload, keep, method, steps, rank, experts, limit
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     rows, live, first, line, started = [], [], {}, "Loading the model.", time.monotonic()
+    measuring = False
     nothing = [[], [], gr.File(visible=False), ""]  # what an earlier run has left is not this one's
     while thread.is_alive() or not updates.empty():
         thread.join(TICK)
         while not updates.empty():
             kind, what, of = updates.get()
             if kind == "stage":
+                if rows and not measuring and what.startswith("measuring"):
+                    measuring = True
+                    stop.clear()  # it has stopped training; pressed again, it stops measuring
                 line = f"{what[:1].upper()}{what[1:]}: {of:.0%}."
             elif kind == "answers":
                 first = first or {q: a for _, q, a in of}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 
 from filelock import FileLock
@@ -45,14 +45,14 @@ def read_results(path: Path) -> dict:
     return results
 
 
-@contextmanager
-def updating(path: Path):
-    """Context that gives the results as they stand in the file now and writes what is made of them. Commands that run
-    side by side may share a file: each waits for the other, and none loses what the other has added.
+def put(path: Path, entry: dict, stale: Collection[str] | None = None) -> dict:
+    """Add a run to a results file, in place of those with an id in `stale` (its own, if not given); returns all of it.
+    Commands that run side by side may share a file: each waits for the other, and none loses what the other has added.
 
     Raises:
         UserError: as `read_results` and `write_json` do.
     """
+    stale = {entry["id"]} if stale is None else stale
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.with_name(f".{path.name}.lock")).acquire()
@@ -60,8 +60,9 @@ def updating(path: Path):
         raise UserError(f"{path} could not be written ({error.strerror}): choose another file.") from None
     with lock:
         results = read_results(path)
-        yield results
+        results["runs"] = [r for r in results["runs"] if r["id"] not in stale] + [entry]
         write_json(path, results)
+    return results
 
 
 def write_json(path: Path, value, indent: int | None = 1) -> None:

@@ -294,23 +294,23 @@ def unlearn(
         seconds["unlearn"], training = round(spent, 1), peak_mb(lm.device)
         run = Run(lm, trained, {}, target)
         started = time.perf_counter()
-        try:
-            if evaluate and "before" not in logs:
-                with run.side(False) as untouched:
-                    measure("before", lm, untouched, groups)
-            if evaluate:
+        if evaluate:
+            try:
+                if "before" not in logs:
+                    with run.side(False) as untouched:
+                        measure("before", lm, untouched, groups)
                 measure("after", lm, run.model, groups)
                 with run.side(False) as untouched:
                     for log in logs.values():
                         evaluation.add_fluency(lm, untouched, log)
-            if evaluate and retain_log is not None:
-                logs["retain model"] = retain_log
-            elif evaluate and retain_adapter is not None:
-                other = load_model(lm.name, lm.device, lm.dtype, retain_adapter, lm.in_4bit)
-                theirs = {k: v for k, v in groups.items() if k in evaluation.FORGOTTEN}
-                measure("retain model", other, other.model, theirs)
-        except Unmeasured:
-            logs.clear()  # half of it compares with nothing
+                if retain_log is not None:
+                    logs["retain model"] = retain_log
+                elif retain_adapter is not None:
+                    other = load_model(lm.name, lm.device, lm.dtype, retain_adapter, lm.in_4bit)
+                    theirs = {k: v for k, v in groups.items() if k in evaluation.FORGOTTEN}
+                    measure("retain model", other, other.model, theirs)
+            except Unmeasured:
+                logs.clear()  # half of it compares with nothing
         seconds["evaluate"] = round(measuring + time.perf_counter() - started, 1)
     except torch.OutOfMemoryError:
         raise UserError(
