@@ -221,7 +221,7 @@ def unlearn(
         before, retain_log: logs of the target and of the retain-only model, if they were measured already.
         resume: a folder with the checkpoints of an interrupted run (`TrainConfig.save_steps`).
         experts: A and B of an earlier round to start from (`next_round`).
-        seen: a dict shared by runs on the same frozen model, which then looks at each sample once for all of them.
+        seen: a dict shared by runs on the same frozen model, which then looks once at samples that they share.
         on_step: called after each step with its losses and the number of steps at most.
         on_answers: called before the first step and at every look of the probe with the step and (group, question,
             greedy answer) of two forget and two retain questions.
@@ -459,7 +459,7 @@ def prepare(
         ready.instead = rendered(lm, said)
         for other, sample in zip(ready.instead, forget, strict=True):
             other.label, other.refusal = sample.label, True
-        records += phase_one(lm, ready.instead, alter, first=len(records), seen=seen)
+        records += phase_one(lm, ready.instead, alter, first=len(records))
     if method.instead == "novice":
         novice_targets(lm, made.trained_on, forget, records, train.eta)
     for record, sample in zip(records, [*samples, *ready.instead], strict=True):

@@ -108,17 +108,17 @@ def phase_one(
         config: AlterConfig, for q and the feature layer.
         tick: called with the number of samples done, for a progress bar.
         first: index of the first sample, where these join others.
-        seen: a dict that keeps the records for the next run on the same frozen model (the grid's).
+        seen: a dict that keeps the records for the next run on the same samples and frozen model (the grid's). Other
+            samples are looked at anew: in other batches the last bits differ, and a run must come back alone.
     """
-    keys = [(tuple(s.ids), s.start, config.q, config.feature_layer) for s in samples]
-    known = {} if seen is None else seen
-    records: list[Record | None] = [replace(known[k]) if k in known else None for k in keys]
+    key = (*((tuple(s.ids), s.start) for s in samples), config.q, config.feature_layer, batch_tokens)
     for number, sample in enumerate(samples, first):
         sample.index = number
-    missing = [i for i, record in enumerate(records) if record is None]
-    for group in length_batches([len(samples[i].ids) for i in missing], batch_tokens):
-        batch = [missing[j] for j in group]
-        started = time.perf_counter()
+    if seen and key in seen:
+        return [replace(record) for record in seen[key]]
+    started = time.perf_counter()
+    records: list[Record | None] = [None] * len(samples)
+    for batch in length_batches([len(s.ids) for s in samples], batch_tokens):
         b = collate([samples[i] for i in batch], lm.tokenizer.pad_token_id, lm.device)
         out = lm.model(**inputs(b), output_hidden_states=True, use_cache=False)
         entropy = tsallis_entropy(out.logits, config.q).cpu()
@@ -130,11 +130,12 @@ def phase_one(
             own = log_p.gather(-1, b["labels"][row, b["answer"][row]][:, None])[:, 0]
             kept = (entropy[row, -t:], top.indices.cpu(), top.values.cpu(), own.cpu())
             records[i] = Record(hidden[row, -t:].clone(), *kept)
-        if seen is not None:
-            spent = (time.perf_counter() - started) / len(batch)
-            seen.update({keys[i]: replace(records[i], saved=spent) for i in batch})
         if tick:
             tick(sum(r is not None for r in records), len(records))
+    if seen is not None:
+        spent = (time.perf_counter() - started) / len(samples)
+        seen.clear()  # one seed's: the grid runs all methods of a seed before the next
+        seen[key] = [replace(record, saved=spent) for record in records]
     return records
 
 

@@ -263,6 +263,20 @@ def test_each_sub_domain_is_seen_by_the_gate(tiny):
         assert (gate[:, -1] > -1e3).all() and 0 <= report["retain_open_anywhere"] <= 1
 
 
+def test_frozen_records_are_shared_between_runs_on_the_same_samples_alone(tiny):
+    """Records from other batches differ in their last bits: a run would depend on what ran before it."""
+    lm, alter, seen, looks = load_model(str(tiny)), AlterConfig(threshold=0.5, feature_layer=2), {}, []
+    samples = [data.render(lm.tokenizer, i)[0] for i in [*OWN_RETAIN, *OWN_FORGET[:4]]]
+    tick = lambda done, of: looks.append((done, of))  # noqa: E731
+    first, again = (phase_one(lm, samples, alter, tick=tick, seen=seen) for _ in range(2))
+    assert looks == [(len(samples),) * 2] and all(r.saved > 0 for r in again) and not any(r.saved for r in first)
+    assert all(torch.equal(a.hidden, b.hidden) and a.log_p is b.log_p for a, b in zip(first, again, strict=True))
+    again[0].hidden = None  # as a run does once it has its plans
+    assert phase_one(lm, samples, alter, seen=seen)[0].hidden is not None
+    phase_one(lm, samples[1:], alter, tick=tick, seen=seen)
+    assert looks[1:] == [(len(samples) - 1,) * 2]
+
+
 def test_an_adapters_place_holds_on_another_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("ALTER_CACHE_DIR", str(tmp_path / "here"))
     name = runs.portable(tmp_path / "here" / "taught" / "x" / "target")
