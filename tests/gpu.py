@@ -98,7 +98,7 @@ def unlearn_built_in() -> dict[str, str]:
 
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        run = unlearn("smollm2-135m", "harry-potter", name="hp", runs=Path(folder))
+        run = unlearn("smollm2-135m", "harry-potter", name="hp", folder=Path(folder))
         whole = time.perf_counter() - started
     m, shown = run.metrics, {}
     for group in ("forget_held_out", "neighbours", "general"):
