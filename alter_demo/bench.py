@@ -150,7 +150,8 @@ def pack(model, dtype) -> None:
 
 
 def make_step(lm: LM, method: str):
-    """A function that does one training step of `method` on random tokens."""
+    """A function that does one training step of `method` on random tokens, in the precision that `unlearn` trains in:
+    of bfloat16 weights PEFT's LoRA runs under autocast, without which its products are in float32."""
     torch.manual_seed(0)
     if method == "full":
         model = lm.model.train().requires_grad_(True)
@@ -167,10 +168,13 @@ def make_step(lm: LM, method: str):
     high = torch.rand(BATCH, TOKENS, device=lm.device) > 0.75
     plan = Plan(weights, high, torch.zeros(BATCH, TOKENS, device=lm.device), weights).isolated(domain)
 
+    mixed = lm.dtype == "bfloat16" and method != "alter"
+
     def step():
         if method == "alter":
             router_state(model).plan = plan
-        logits = model(input_ids=ids, logits_to_keep=ANSWER + 1, use_cache=False).logits[:, :-1]
+        with torch.autocast(torch.device(lm.device).type, torch.bfloat16, enabled=mixed):
+            logits = model(input_ids=ids, logits_to_keep=ANSWER + 1, use_cache=False).logits[:, :-1]
         logits = logits.reshape(-1, logits.shape[-1])
         if method == "alter":
             half = len(labels) // 2

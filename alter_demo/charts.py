@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from .tokens import EXPERT_NAMES, TokenRecord
+from .tokens import EXPERT_NAMES, NO_EXPERT, TokenRecord
 
-# Okabe and Ito's palette: distinct for colour-blind readers. A, B_r, B_f1 ...
-WAYS = ("A", *EXPERT_NAMES)
+# Okabe and Ito's palette: distinct for colour-blind readers. A, B_r, B_f1 ... B_f8, no expert
+WAYS = ("A", *EXPERT_NAMES, NO_EXPERT)
 COLOURS = dict(zip(WAYS, ("#b8860b", "#7f7f7f", "#3a8fd0", "#d55e00", "#009e73", "#b46a92", "#0072b2", "#8c6d31",
-                          "#7b6fd0", "#a0522d"), strict=True))  # fmt: skip
+                          "#7b6fd0", "#a0522d", "#5c5c5c"), strict=True))  # fmt: skip
 INK = "#5c5c5c"
 
 
@@ -62,15 +62,15 @@ def histogram(entropies: list[float], threshold: float, q: float) -> go.Figure:
     figure = go.Figure()
     top = max([*entropies, threshold, 1e-3])
     edges = np.linspace(0, top, 41)
-    counts, _ = np.histogram(entropies, edges)
-    middles = (edges[:-1] + edges[1:]) / 2
+    middles, values = (edges[:-1] + edges[1:]) / 2, np.asarray(entropies)
     for name, on, colour in (
-        ("B: confident", middles <= threshold, "#3a8fd0"),
-        ("A: uncertain", middles > threshold, "#b8860b"),
+        ("confident", values <= threshold, "#3a8fd0"),
+        ("uncertain", values > threshold, "#b8860b"),
     ):
-        figure.add_bar(x=middles[on], y=counts[on], name=name, marker_color=colour, width=edges[1])
+        counts, _ = np.histogram(values[on], edges)  # the bar that the threshold cuts gets both colours
+        figure.add_bar(x=middles, y=counts, name=name, marker_color=colour, width=edges[1])
     figure.add_vline(x=threshold, line_width=3, line_color="#d55e00", annotation_text=f"threshold {threshold:.2f}")
-    figure.update_layout(xaxis_title=f"S_q (q = {q:g})", yaxis_title="words", bargap=0.05)
+    figure.update_layout(xaxis_title=f"S_q (q = {q:g})", yaxis_title="words", bargap=0.05, barmode="stack")
     return look(figure)
 
 

@@ -37,7 +37,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"alter_demo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        kept = "finished items are kept" if "methods" in args or "variants" in args else "nothing was written"
+        kept = "nothing was written"
+        if "methods" in args or "variants" in args:
+            kept = "finished items are kept"
+        elif args.do is do_unlearn:
+            kept = "a run whose training had ended is kept in runs/, without figures"
         print(f"alter_demo: interrupted, {kept}.", file=sys.stderr)
         return 130
     except MemoryError:
@@ -136,7 +140,10 @@ def parser() -> argparse.ArgumentParser:
         "--size", default="cpu", help="cpu (12 authors, 2 of them forgotten), full (all, for a GPU), tune, small"
     )
     sub.add_argument(
-        "--methods", nargs="*", default=["all"], help="all, some of methods.METHODS, or none: the two reference models"
+        "--methods",
+        nargs="*",
+        default=["all"],
+        help="all, or some of methods.METHODS; no name: the reference models alone",
     )
     sub.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="random seeds")
     sub.add_argument("--limit", type=int, help="measured items a group (default: the size's own)")
@@ -475,11 +482,18 @@ def settings(pairs: list[str]) -> dict:
         if name not in known:
             raise UserError(f"--set knows {', '.join(known)}, and not {name!r}.")
         try:
-            listed = [v == "true" if known[name] is bool else known[name](v) for v in value.split(",")]
+            listed = [truth(v) if known[name] is bool else known[name](v) for v in value.split(",")]
             found[name] = listed if len(listed) > 1 else listed[0]
         except ValueError:
-            raise UserError(f"{name} takes a number, not {value!r}.") from None
+            takes = "true or false" if known[name] is bool else "a number" if known[name] is not str else "a word"
+            raise UserError(f"{name} takes {takes}, not {value!r}.") from None
     return found
+
+
+def truth(value: str) -> bool:
+    if value.lower() not in ("true", "false"):
+        raise ValueError
+    return value.lower() == "true"
 
 
 def do_evaluate(args) -> None:
@@ -600,7 +614,7 @@ def plain(text: str) -> str:
 
 def show_run(run) -> None:
     """The table that ends `unlearn`."""
-    from .runs import shortfalls
+    from .results import shortfalls
 
     before, after = run.metrics["before"], run.metrics["after"]
     table = new_table("group", "items", "probability", "ROUGE-L", "like the base's", "repetition")

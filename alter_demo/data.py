@@ -7,6 +7,7 @@ benchmark from the hub or a folder, or a person's own file.
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import os
@@ -118,7 +119,7 @@ def load_forget_set(name: str, retain: str | None = None) -> ForgetSet:
     """
     if name in FORGET_SETS:
         if retain is not None:
-            raise UserError(f"{name} brings its own retain set: --retain goes with a file of your own.")
+            raise UserError(f"{name} brings its own retain set: a file of what must stay goes with a file of your own.")
         made = FORGET_SETS[name]()
     elif Path(name).suffix.lower() in (".json", ".jsonl", ".csv"):
         made = from_files(Path(name), Path(retain) if retain else None)
@@ -350,7 +351,11 @@ def read_file(path: Path, first: int | None = None) -> list[Item]:
     Raises:
         UserError: absent, over 50 MB, not UTF-8, malformed (line and column), without items, columns missing.
     """
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
+        there = False
+    if not there:
         raise UserError(f"There is no file {path}.")
     suffix = path.suffix.lower()
     in_part = first is not None and suffix == ".jsonl"
@@ -361,6 +366,8 @@ def read_file(path: Path, first: int | None = None) -> list[Item]:
             text = "".join(itertools.islice(handle, first)) if in_part else handle.read()
     except UnicodeDecodeError as error:
         raise UserError(f"{path.name} is not UTF-8 text (byte {error.start}): save it as UTF-8.") from None
+    except OSError as error:
+        raise UserError(f"{path.name} can't be read ({error.strerror}).") from None
     readers = {".jsonl": parse_jsonl, ".json": parse_json, ".csv": parse_csv}
     if suffix not in readers:
         raise UserError(f"{path.name} must end in .jsonl, .json or .csv.")
@@ -371,7 +378,7 @@ def read_file(path: Path, first: int | None = None) -> list[Item]:
 
 
 def parse_jsonl(text: str, name: str):
-    for line, content in enumerate(text.splitlines(), 1):
+    for line, content in enumerate(text.split("\n"), 1):  # a string may hold other line separators
         if content.strip():
             yield line, parse_value(content, name, line)
 
@@ -379,9 +386,10 @@ def parse_jsonl(text: str, name: str):
 def parse_value(content: str, name: str, first_line: int = 1):
     try:
         return json.loads(content)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         where = (getattr(error, "lineno", 1) + first_line - 1, getattr(error, "colno", 1))
-        what = getattr(error, "msg", "nested too deeply")
+        other = "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"
+        what = getattr(error, "msg", other)
         raise UserError(f"{name} is not valid JSON at line {where[0]}, column {where[1]}: {what}.") from None
 
 
@@ -394,7 +402,7 @@ def parse_json(text: str, name: str):
 
 def parse_csv(text: str, name: str):
     try:
-        reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         for row in reader:
             if None in row or None in row.values():
                 raise UserError(f"{name}, line {reader.line_num}: the number of columns differs from the header's.")
@@ -421,6 +429,8 @@ def make_item(row, where: str) -> Item:
     for key, value in [*texts.items(), *(("perturbed_answer", p) for p in perturbed)]:
         if not isinstance(value, str):
             raise UserError(f"{where}: {key} must be text, and it is a {type(value).__name__}.")
+        if any("\ud800" <= c <= "\udfff" for c in value):
+            raise UserError(f"{where}: {key} holds half a character (a lone surrogate).")
     if not row["answer"].strip():
         raise UserError(f"{where}: the answer is empty.")
     return Item(**{"question": "", **known}, perturbed_answer=perturbed)

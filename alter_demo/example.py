@@ -9,7 +9,7 @@ from pathlib import Path
 from .data import EXAMPLE
 from .errors import UserError
 from .results import put, read_results, write_json
-from .tokens import word_counts
+from .tokens import expert_name, word_counts, words
 from .xray import xray_data
 
 QUESTIONS = (  # none of them is trained on
@@ -26,7 +26,8 @@ WORD_ITEMS = 60  # questions of each group
 def store_example(run, path: Path = EXAMPLE) -> Path:
     """Ask `run` the QUESTIONS and write what the first screen shows. Raises UserError for a run that lacks figures."""
     before, after = run.metrics["before"], run.metrics["after"]
-    if not {"forget_held_out", "neighbours", "general"} <= set(after):
+    own = run.metrics["data"]["forget_set"]
+    if own != "harry-potter" or not {"forget_held_out", "neighbours", "general"} <= set(after):
         raise UserError("The example needs a run on harry-potter with all its groups measured.")
     kept = {g: after[g]["probability"] / before[g]["probability"] for g in ("forget_held_out", "neighbours", "general")}
     items = []
@@ -71,8 +72,9 @@ def store_words(run, path: Path, items: int = WORD_ITEMS) -> dict:
         own = [r for r in rows if r["group"] == group and r["question"] and r["before"]][:items]
         if not own:
             raise UserError(f"The run {run.path.name} has no {group} answers, so there are no words to count.")
-        counts[group] = word_counts([run.tokens(r["before"], r["question"]) for r in own], threshold)
-        total = sum(n for words in counts[group].values() for n in words.values())
+        found = (w for r in own for w in words(run.tokens(r["before"], r["question"])))
+        counts[group] = word_counts(((w, source.entropy, expert_name(source)) for w, source, _ in found), threshold)
+        total = sum(n for way in counts[group].values() for n in way.values())
         metrics |= {f"{group}_{way}_share": round(sum(w.values()) / total, 9) for way, w in counts[group].items()}
     entry = {
         "id": json.dumps(["words", run.metrics["seed"], run.metrics["data"]["forget_set"], items]),

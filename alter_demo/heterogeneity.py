@@ -24,7 +24,9 @@ from .results import put, read_results
 from .teaching import LearnConfig
 from .training import AnswerTrainer, Pairs, arguments, collate_pairs
 
-Weights = dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]  # (domain, module) -> A (r, in), B (out, r)
+# (domain, module) -> what was learned: A - A_0 (r, in), B - B_0 (out, r). All start from the same A_0, so that whole
+# A's would be alike whatever they learned
+Weights = dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]
 
 
 def domains(n: int = 4) -> dict[str, list[Item]]:
@@ -45,7 +47,7 @@ def domains(n: int = 4) -> dict[str, list[Item]]:
 def fine_tuned(
     lm: LM, sets: dict[str, list[Item]], steps: int = 24, layers: int = 4, r: int = 8, seed: int = 0
 ) -> Weights:
-    """A LoRA on the last `layers` layers for each set, all from the same random A."""
+    """What a LoRA on the last `layers` layers learns from each set, all from the same random A."""
     config = LearnConfig(max_steps=steps, batch_size=8)
     count = lm.model.config.get_text_config().num_hidden_layers
     last = [f".{k}." for k in range(count - layers, count)]
@@ -55,6 +57,7 @@ def fine_tuned(
         torch.manual_seed(seed)  # the same start
         lora = LoraConfig(r=r, target_modules=modules, task_type="CAUSAL_LM")
         model = get_peft_model(lm.model, lora)
+        start = adapter_weights(model)
         samples = [s for i in items for s in render(lm.tokenizer, i)]
         with tempfile.TemporaryDirectory() as scratch:
             args = arguments(scratch, config, lm.device)
@@ -63,16 +66,23 @@ def fine_tuned(
                 model=model, args=args, data_collator=collate_pairs(lm.tokenizer.pad_token_id, lm.device),
                 train_dataset=Pairs(samples, [], steps * config.batch_size, seed),
             ).train()  # fmt: skip
-        for path, module in model.named_modules():
-            if hasattr(module, "lora_A") and "default" in module.lora_A:
-                a, b = (x["default"].weight.detach().float().cpu().numpy() for x in (module.lora_A, module.lora_B))
-                found[name, path] = a.copy(), b.copy()
+        for path, (a, b) in adapter_weights(model).items():
+            found[name, path] = a - start[path][0], b - start[path][1]
         lm.model = model.unload()
     return found
 
 
+def adapter_weights(model) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """A and B of each module of a LoRA."""
+    return {
+        path: tuple(x["default"].weight.detach().float().cpu().numpy().copy() for x in (module.lora_A, module.lora_B))
+        for path, module in model.named_modules()
+        if hasattr(module, "lora_A") and "default" in module.lora_A
+    }
+
+
 def similarity(weights: Weights) -> pd.DataFrame:
-    """Cosine of the A's and of the B's of each pair of domains, module by module: matrix, module, pair, similarity."""
+    """Cosine of what the A's and the B's of two domains learned, for each pair: matrix, module, pair, similarity."""
     names, modules = (list(dict.fromkeys(k[i] for k in weights)) for i in (0, 1))
     rows = []
     for module, (one, other) in itertools.product(modules, itertools.combinations(names, 2)):
@@ -83,8 +93,8 @@ def similarity(weights: Weights) -> pd.DataFrame:
 
 
 def projected(weights: Weights) -> pd.DataFrame:
-    """Every domain's A and B of one module as points in the plane, one for each of the r directions (PCA over all
-    domains, the last module): matrix, domain, x, y."""
+    """What every domain's A and B of one module learned as points in the plane, one for each of the r directions (PCA
+    over all domains, the last module): matrix, domain, x, y."""
     module, rows = list(weights)[-1][1], []
     names = list(dict.fromkeys(k[0] for k in weights))
     for k, matrix in enumerate("AB"):

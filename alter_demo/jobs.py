@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import gradio as gr
@@ -29,6 +29,7 @@ except ImportError:
 from .data import EXAMPLE
 from .errors import Interrupted, UserError
 from .models import INTERRUPT, RUN_NAME
+from .results import shortfalls
 
 RUNS = Path("runs")
 JOB = threading.Lock()  # held while a model trains or answers
@@ -135,15 +136,13 @@ def expected_time() -> str:
     """One line on the device and on how long a run takes, without importing torch."""
     gpu = any(Path("/dev").glob("nvidia[0-9]*"))
     where = "on the GPU" if gpu else "on the CPU: no GPU was found"
+    took = "{unlearn:.0f} s, and {evaluate:.0f} s of measuring".format
     last = ""
     for name in run_names()[:1]:
-        try:
-            seconds = run_metrics(name)["seconds"]
-            last = f"the last run here took {seconds['unlearn']:.0f} s, and {seconds['evaluate']:.0f} s of measuring"
-        except (UserError, KeyError, TypeError):
-            pass  # a damaged run must not keep the page from opening
+        with suppress(UserError, KeyError, TypeError, ValueError):  # a damaged run must not keep the page from opening
+            last = f"the last run here took {took(**run_metrics(name)['seconds'])}"
     if not last and (stored := read_example()):
-        last = f"Harry Potter took {stored['seconds']['unlearn']:.0f} s on {stored['hardware']}"
+        last = f"Harry Potter took {took(**stored['seconds'])}, on {stored['hardware']}"
     first = "" if run_names() else " The first use fetches the model (93 MB), once."
     return f"Runs {where}; {last or 'a run takes minutes on a few cores'}.{first}"
 
@@ -171,10 +170,12 @@ def unlearn_job(model, forget, upload, keep, method, steps, rank, experts, limit
                 from .training import train_config
 
                 LOADED.clear()  # frees the last run's model
+                made = load_forget_set(str(upload) if upload else forget, str(keep) if keep else None)
+                result["what"] = f"{method} on {plain(made.name)}. "
                 run = unlearn(
-                    model, load_forget_set(str(upload) if upload else forget, str(keep) if keep else None),
+                    model, made,
                     UnlearnConfig(method=method, n_experts=int(experts) or None, r=int(rank), limit=int(limit)),
-                    train_config(method, max_steps=int(steps), seed=int(seed or 0)),
+                    train_config(method, max_steps=int(steps) or None, seed=int(seed or 0)),
                     folder=RUNS, should_stop=stop.is_set,
                     on_step=lambda e, n: updates.put(("step", e, n)),
                     on_stage=lambda w, s: updates.put(("stage", w, s)),
@@ -187,7 +188,7 @@ def unlearn_job(model, forget, upload, keep, method, steps, rank, experts, limit
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    rows, live, first, line, started = [], [], {}, "Loading the model.", time.monotonic()
+    rows, live, first, now, started = [], [], {}, "Loading the model.", time.monotonic()
     measuring = False
     nothing = [[], [], gr.File(visible=False), ""]  # what an earlier run has left is not this one's
     while thread.is_alive() or not updates.empty():
@@ -198,7 +199,7 @@ def unlearn_job(model, forget, upload, keep, method, steps, rank, experts, limit
                 if rows and not measuring and what.startswith("measuring"):
                     measuring = True
                     stop.clear()  # it has stopped training; pressed again, it stops measuring
-                line = f"{what[:1].upper()}{what[1:]}: {of:.0%}."
+                now = f"{what[:1].upper()}{what[1:]}: {of:.0%}."
             elif kind == "answers":
                 first = first or {q: a for _, q, a in of}
                 live = [[group, q, first[q], a] for group, q, a in of]
@@ -206,21 +207,20 @@ def unlearn_job(model, forget, upload, keep, method, steps, rank, experts, limit
                 parts = {k: what[k] for k in ("forget", "retain", "refusal", "structure", "probe") if k in what}
                 rows += [{"step": what["step"], "value": v, "part": k} for k, v in parts.items()]
                 left = (of - what["step"]) * what["seconds"] / what["step"]
-                line = f"Step {what['step']} of at most {of}, {left:.0f} s left at most."
+                now = f"Step {what['step']} of at most {of}, {left:.0f} s left at most."
         stopping = "Stopping as soon as this is done. " if stop.is_set() else ""
-        yield f"{line} {stopping}({time.monotonic() - started:.0f} s)", loss_frame(rows), live, *nothing
+        line = f"{result.get('what', '')}{now} {stopping}({time.monotonic() - started:.0f} s)"
+        yield line, loss_frame(rows), live, *nothing
         nothing = [gr.skip()] * 4
     STOP.pop(request.session_hash, None)
     if "error" in result:
-        yield result["error"], gr.skip(), gr.skip(), *nothing
+        yield result["error"], gr.skip(), gr.skip(), *nothing[:3], ""
         return
     m, path = result["metrics"], result["path"]
     done = (
-        f"Done: {m['steps']} steps in {m['seconds']['unlearn']} s, {plain(m['stopped'])}, on {plain(m['hardware'])}. "
-        f"The run lies in {plain(str(path))}."
+        f"{result['what']}Done: {m['steps']} steps in {m['seconds']['unlearn']} s, {plain(m['stopped'])}, on "
+        f"{plain(m['hardware'])}. The run lies in {plain(str(path))}."
     )
-    from .runs import shortfalls
-
     done = " ".join([done, *shortfalls(m)])
     try:
         files = packed(path.name)
@@ -262,7 +262,8 @@ def run_view(name: str | None):
             f"{method} on {m['data']['forget_set']}, {m['model']}, seed {m['seed']}: {m['steps']} steps in "
             f"{seconds['unlearn']} s, and {seconds['evaluate']} s of measuring, on {m['hardware']}, {m['date']}."
         )
-        return plain(about), number_rows(m), answer_rows(path), gr.File(visible=False)
+        told = " ".join([plain(about), *shortfalls(m)])
+        return told, number_rows(m), answer_rows(path), gr.File(visible=False)
     except (UserError, OSError, ValueError, KeyError, TypeError) as error:
         return sentence(error) if isinstance(error, UserError) else "This run's record is damaged.", [], [], gr.skip()
 
@@ -398,18 +399,18 @@ def heat_job(name, text, request: gr.Request):
 
 @GPU(duration=GPU_SECONDS)
 def clouds_job(name, source, text, request: gr.Request):
-    """Yields ({"words": [(word, S_q, expert), ...], "threshold", "q"}, status)."""
+    """Yields ({"words": [(word, S_q, name of its expert), ...], "threshold", "q"}, status)."""
     yield gr.skip(), "Loading the model and reading."
     try:
         with job(request):
-            from .tokens import words
+            from .tokens import expert_name, words
 
             run = get_run(name)
             pairs = [(text[:MAX_TEXT], None)] if source == "my text" else texts_of(run, source)
             found, seen = [], time.monotonic()
             for number, (answer, question) in enumerate(pairs, 1):
-                for word, entropy, group in words(run.tokens(answer, question)):
-                    found.append((word, round(entropy, 4), group[-1].expert))
+                for word, source, _ in words(run.tokens(answer, question)):
+                    found.append((word, round(source.entropy, 4), expert_name(source)))
                 if time.monotonic() - seen > TICK:
                     seen = time.monotonic()
                     yield gr.skip(), f"Read {number} of {len(pairs)}."
@@ -435,14 +436,11 @@ def texts_of(run, source: str) -> list[tuple[str, str | None]]:
 def clouds_view(data, threshold):
     """(gallery, table, histogram) of the words that `clouds_job` found, split at `threshold`."""
     from .charts import WAYS, cloud, histogram, word_table
-    from .tokens import EXPERT_NAMES
+    from .tokens import word_counts
 
     if not data or not data["words"]:
         return [], None, None
-    counts: dict[str, dict[str, int]] = {}
-    for word, entropy, expert in data["words"]:
-        own = counts.setdefault("A" if entropy > threshold else EXPERT_NAMES[expert], {})
-        own[word] = own.get(word, 0) + 1
+    counts = word_counts(data["words"], threshold)
     images = [
         (image, caption(way, data["routed"])) for way in WAYS if (image := cloud(counts.get(way, {}), way)) is not None
     ]
@@ -452,7 +450,8 @@ def clouds_view(data, threshold):
 def caption(way: str, routed: bool) -> str:
     if not routed:
         return "uncertain" if way == "A" else "confident"
-    return {"A": "A: uncertain", "B_r": "B_r or no expert: confident"}.get(way, f"{way}: confident, to be forgotten")
+    usual = {"A": "A: uncertain", "B_r": "B_r: confident", "none": "no expert acts: the frozen model itself"}
+    return usual.get(way, f"{way}: confident, to be forgotten")
 
 
 def router_view(name):

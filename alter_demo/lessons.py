@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ from .errors import UserError
 from .models import cache_dir, load_model
 from .routing import fuse
 from .runs import Run, UnlearnConfig, load_run, unlearn
-from .tokens import TokenRecord, words
+from .tokens import TokenRecord, expert_name, words
 from .training import train_config
 
 KINDS = {  # beginnings of the tags of the C5 tag set
@@ -48,25 +49,29 @@ def forgotten(train: bool = False, on_step=None) -> Run:
     lm, stored = load_model("smollm2-135m", dtype="float32"), (folder / name).is_dir()
     if stored and not train:
         return load_run(folder / name, lm)
+    if not stored:  # what earlier code has left
+        for old in folder.glob("harry-potter-*"):
+            shutil.rmtree(old, ignore_errors=True)
     config = UnlearnConfig(general=80, retain=140)
     train = train_config("alter_selective", max_steps=15, batch_size=3, probe_every=5)
     return unlearn(lm, "harry-potter", config, train, name, None if stored else folder, evaluate=False, on_step=on_step)
 
 
 def word_frame(texts: list[list[TokenRecord]]) -> pd.DataFrame:
-    """Every word of some texts: word, kind (name, number, noun, verb, ..., function word), S_q, route, expert, and how
-    its log-probability changed. The kinds are HanTa's."""
+    """Every word of some texts: word, kind (name, number, noun, verb, ..., function word), how its log-probability
+    changed, and S_q, route and expert of the prediction that it came from. The kinds are HanTa's."""
     from HanTa.HanoverTagger import HanoverTagger
 
     tagger, rows = HanoverTagger("morphmodel_en.pgz"), []
     for records in texts:
         found = [entry for entry in words(records) if entry[0]]
         tags = [tag for _, _, tag in tagger.tag_sent([w for w, _, _ in found])]
-        for (word, entropy, group), tag in zip(found, tags, strict=True):
+        for (word, source, group), tag in zip(found, tags, strict=True):
             kind = next((k for start, k in KINDS.items() if tag.startswith(start)), "function word")
             both = [(r.log_prob, r.log_prob_after) for r in group if r.log_prob is not None]
             rows.append({
-                "word": word, "kind": kind, "S_q": entropy, "route": group[-1].route, "expert": group[-1].expert,
+                "word": word, "kind": kind, "S_q": source.entropy, "route": source.route,
+                "expert": expert_name(source),
                 "change of log p": float(np.mean([after - before for before, after in both])) if both else 0.0,
             })  # fmt: skip
     return pd.DataFrame(rows)

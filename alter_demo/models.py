@@ -206,8 +206,11 @@ def resolve(name: str) -> str:
     """The folder or hub id that transformers shall load. Fetches the built-in model on first use."""
     if name in MODELS:
         return str(built_in(name))
-    path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        path, there = Path(name).expanduser(), Path(name).expanduser().is_dir()
+    except (OSError, RuntimeError, ValueError):  # too long, nobody's home, a zero byte
+        there = False
+    if there:
         if not (path / "config.json").is_file():
             raise UserError(f"The folder {name} holds no config.json, so it is not a transformers model.")
         if not list(path.glob("*.safetensors")):
@@ -282,7 +285,8 @@ def merge(model, adapter: Path):
     from peft import PeftModel
 
     check_adapter(adapter)
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    with model_errors(str(adapter)):
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 
 def check_adapter(folder: Path) -> None:
@@ -386,13 +390,17 @@ def quiet():
 def model_errors(name: str):
     """Turn what loading can throw into one sentence."""
     import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
 
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):
         raise UserError(f"There is not enough memory for {name}: try --load-in-4bit, or a smaller model.") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         text = str(error)
+        if isinstance(error, SafetensorError):
+            raise UserError(f"The weights of {name} are damaged, or stand for a file that git-lfs keeps.") from None
         if "safetensors" in text and name not in MODELS:
             raise UserError(f"{name} has no .safetensors weights; pickled weights are not loaded.") from None
         if "trust_remote_code" in text or "custom code" in text:

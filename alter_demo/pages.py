@@ -7,6 +7,8 @@ show it as text.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import warnings
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -70,13 +72,13 @@ def build() -> gr.Blocks:
             with gr.Tab("Unlearn", id="unlearn"):
                 name, finished, status = unlearn_tab()
             with gr.Tab("Compare", id="compare"):
-                run, prompt, after = compare_tab()
+                run, prompt, after, compared = compare_tab()
             with gr.Tab("Token X-ray", id="xray"):
-                xray_tab(run, prompt, after)
+                seen = xray_tab(run, after)
             with gr.Tab("Word clouds", id="clouds"):
-                clouds_tab(run)
+                clouds = clouds_tab(run)
             with gr.Tab("Router", id="router") as router:
-                router_tab(router, run)
+                heat = router_tab(router, run)
             with gr.Tab("Evidence", id="evidence") as evidence:
                 evidence_tab(evidence)
             with gr.Tab("How it works, and its limits", id="how"):
@@ -85,6 +87,8 @@ def build() -> gr.Blocks:
                 gr.Markdown((STATIC / "how.md").read_text(encoding="utf-8"), latex_delimiters=LATEX)
         begin.click(lambda: gr.Tabs(selected="unlearn"), None, tabs, **AT_ONCE)
         finished.then(choose_run, name, run, **AT_ONCE)
+        stale = [*compared, *seen, *clouds, *heat]  # another run's answers and drawings are not this one's
+        run.change(lambda: [None] * len(stale), None, stale, **AT_ONCE)
         gr.on([run.change, prompt.change], None, [run, tab, prompt], None, js=REMEMBER, **AT_ONCE)
         tabs.select(selected_tab, None, tab, **AT_ONCE).then(None, [run, tab, prompt], None, js=REMEMBER, **AT_ONCE)
         demo.load(restore, None, [tabs, tab, run, prompt, expected, status], **AT_ONCE)
@@ -111,8 +115,9 @@ def restore(request: gr.Request):
 
 
 def choose_run(name: str) -> gr.Dropdown:
+    """The run that has just been made; after an error the choice stays."""
     names = jobs.run_names()
-    return gr.Dropdown(names, value=name if name in names else next(iter(names), None))
+    return gr.Dropdown(names, value=name) if name in names else gr.Dropdown(names)
 
 
 # ---------------------------------------------------------------------------------------------------------- the tabs
@@ -141,7 +146,8 @@ def example_tab() -> tuple[gr.Button, gr.Markdown]:
         with gr.Row():
             before = gr.Textbox(first["before"], label="Before", lines=3, interactive=False, elem_id="example-before")
             after = gr.Textbox(first["after"], label="After", lines=3, interactive=False, elem_id="example-after")
-        tokens = xray(first["xray"], label="The first answer, token by token", elem_id="example-xray")
+        gr.Markdown("The answer **before**, token by token: what the router makes of it.")
+        tokens = xray(first["xray"], elem_id="example-xray")
         gr.Markdown(
             f"Stored, not live: computed by this code on {stored['date']} on {stored['hardware']} ({stored['model']}, "
             f"{stored['forget_set']}, {stored['steps']} steps in {stored['seconds']['unlearn']:.0f} s, and "
@@ -170,13 +176,18 @@ def unlearn_tab():
             with gr.Row():
                 upload = gr.File(label="or a file of yours", file_types=kinds, height=140)
                 keep = gr.File(label="and what must stay", file_types=kinds, height=140)
-            gr.Markdown("Files (.jsonl, .json, .csv): `question,answer`, better `paraphrased_question` too, or `text`.")
+            gr.Markdown(
+                "Files (.jsonl, .json, .csv): `question,answer`, better `paraphrased_question` too, or `text`. They go "
+                "before the set above. Whoever can open this page sees every run here, and its answers."
+            )
             method = gr.Dropdown(
                 list(METHOD_NAMES), value="alter_selective", label="Method",
                 info="alter: as published; alter_selective: leaves the rest alone; the others are rivals",
             )  # fmt: skip
             with gr.Accordion("More settings", open=False):
-                steps = gr.Slider(1, 200, 120, step=1, label="Steps at most", info="it stops earlier by itself")
+                steps = gr.Slider(
+                    0, 200, 0, step=1, label="Steps at most", info="0: the method's own (ALTER 120, most rivals 60)"
+                )
                 limit = gr.Slider(4, 100, 24, step=1, label="Questions per group to measure with")
                 rank = gr.Slider(1, 32, 8, step=1, label="Rank", info="of A and of every B")
                 experts = gr.Slider(0, 8, 0, step=1, label="Forgetting experts", info="0: found by clustering")
@@ -185,6 +196,7 @@ def unlearn_tab():
                 start = gr.Button("Unlearn", variant="primary")
                 stop = gr.Button("Stop and keep")
             status = gr.Markdown(jobs.expected_time(), elem_id="status")
+            gr.Markdown("Leave this tab open meanwhile: a reload gives up what is being trained.")
         with gr.Column(scale=3):
             loss = gr.LinePlot(
                 None, x="step", y="value", color="part", height=280,
@@ -196,6 +208,8 @@ def unlearn_tab():
                 elem_id="live",
             )  # fmt: skip
     numbers, answers, saved = record_of("")
+    words_of_the_tables()
+    forget.input(lambda: (None, None), None, [upload, keep], **AT_ONCE)  # else the file would go before it
     name = gr.State("")
     started = start.click(
         jobs.unlearn_job, [model, forget, upload, keep, method, steps, rank, experts, limit, seed],
@@ -220,6 +234,11 @@ def record_of(which: str):
         answers,
         gr.File(label="Adapter and record as a zip, metrics as JSON", visible=False, elem_id=f"saved{which}"),
     )
+
+
+def words_of_the_tables() -> None:
+    with gr.Accordion("The words of these tables, and which way is better", open=False):
+        gr.Markdown((STATIC / "words.md").read_text(encoding="utf-8"))
 
 
 def compare_tab():
@@ -249,19 +268,21 @@ def compare_tab():
          "What is the capital of France?", "Which train takes students to Hogwarts?"],
         prompt, cache_examples=False, run_on_click=False,
     )  # fmt: skip
-    given = [left, run, route, prompt, sampled, temperature, seed, length]
+    given, asked = [left, run, route, prompt, sampled, temperature, seed, length], gr.State("")
     gr.on([ask.click, prompt.submit], jobs.compare_job, given, [before, after, status], **ONE_JOB)
+    gr.on([ask.click, prompt.submit], lambda x: x, prompt, asked, **AT_ONCE)
     run.change(lambda: gr.Dropdown([UNTOUCHED, *jobs.run_names()]), None, left, **AT_ONCE)
     with gr.Accordion("What this run measured, and its files", open=False) as record:
         about = gr.Markdown("", elem_id="run-status")
         numbers, answers, saved = record_of("-of-run")
         pack = gr.Button("Pack as a zip")
+        words_of_the_tables()
     gr.on([run.change, record.expand], jobs.run_view, run, [about, numbers, answers, saved], **AT_ONCE)
     pack.click(jobs.pack, run, [saved, about], queue=False, api_visibility="private")
-    return run, prompt, after
+    return run, prompt, (after, asked), [before, after, status]
 
 
-def xray_tab(run, prompt, after) -> None:
+def xray_tab(run, right) -> list:
     gr.Markdown(
         "Which tokens are uncertain (route A: experts are mixed, and A learns from them) and which are confident "
         "(route B: one expert), and where an expert acts at all, in the run chosen in Compare."
@@ -281,16 +302,18 @@ def xray_tab(run, prompt, after) -> None:
     saved = gr.File(label="The saved X-ray", interactive=False, visible=False)
     look.click(jobs.xray_job, [run, text, question], [tokens, status], **ONE_JOB)
     take.click(
-        lambda pieces, asked: ("".join(p["token"] for p in pieces or []).strip(), asked), [after, prompt],
+        lambda pieces, asked: ("".join(p["token"] for p in pieces or []).strip(), asked), [*right],
         [text, question], **AT_ONCE,
     )  # fmt: skip
     save.click(jobs.xray_file, tokens, [saved, status], **AT_ONCE)
+    return [tokens, status]
 
 
-def clouds_tab(run) -> None:
+def clouds_tab(run) -> list:
     gr.Markdown(
-        "Whole words of answers by the way that they took, in the run chosen in Compare: uncertain ones (A) beside "
-        "confident ones of no expert or B_r, and of each B_f."
+        "Whole words of answers by the way that they took, in the run chosen in Compare: where an expert acts, "
+        "uncertain ones (A) and confident ones of each B; and those that the frozen model says alone. What counts is "
+        "the prediction that a word came from."
     )
     with gr.Row():
         source = gr.Radio(["forget set", "retain set", "my text"], value="forget set", label="Words of")
@@ -310,9 +333,10 @@ def clouds_tab(run) -> None:
     drawn = drawn.then(lambda d: d["threshold"] if d else gr.skip(), found, threshold, **AT_ONCE)
     drawn.then(jobs.clouds_view, [found, threshold], views, **AT_ONCE)
     threshold.release(jobs.clouds_view, [found, threshold], views, **AT_ONCE)
+    return [found, *views, status]
 
 
-def router_tab(router, run) -> None:
+def router_tab(router, run) -> list:
     status = gr.Markdown("", elem_id="router-status")
     with gr.Row():
         flow = gr.Plot(label="Sub-domains to experts, answer tokens")
@@ -334,6 +358,7 @@ def router_tab(router, run) -> None:
     router.select(*view, **AT_ONCE)
     run.change(*view, **AT_ONCE)
     look.click(jobs.heat_job, [run, text], [heat, status], **ONE_JOB)
+    return [heat]
 
 
 def evidence_tab(evidence) -> None:
@@ -344,8 +369,7 @@ def evidence_tab(evidence) -> None:
     status = gr.Markdown("")
     file = gr.Dropdown([], label="Results file")
     table = gr.Dataframe(interactive=False, wrap=True, label="Figures")
-    with gr.Accordion("The words of these tables, and which way is better", open=False):
-        gr.Markdown((STATIC / "words.md").read_text(encoding="utf-8"))
+    words_of_the_tables()
     with gr.Row():
         first, second = (
             gr.Plot(label="Utility against forgetting, over the rounds, or relearning"),
@@ -414,4 +438,7 @@ def launch(demo: gr.Blocks, **kwargs):
     css = "\n".join((STATIC / name).read_text(encoding="utf-8") for name in ("page.css", "xray.css"))
     options |= {"css": css, "js": MEND, "run_history": False, "footer_links": ["settings"]}
     options["server_name"] = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
+    if threading.current_thread() is threading.main_thread():
+        # uploads and zips go when the process ends in order, which the default does not let it
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     return demo.launch(**options | kwargs)

@@ -1,4 +1,4 @@
-"""Results files: what a benchmark writes and what tables and figures are made from; needs no model."""
+"""Results files, from which tables and figures are made, and what a run's record tells; needs no model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from filelock import FileLock
 
 from .errors import UserError
 
+WIDE_OPEN = 0.8  # share of held-out forget samples that open the gate, below which a person is told
 TAUGHT = ("target", "retain")  # the model that has learned everything, and the one that never saw the forget set
 REFERENCES = (*TAUGHT, "blind")  # rows beside which all others are put; blind: the target, without the question
 # forget set -> its multiple-choice tasks, that which is to be forgotten first
@@ -79,3 +80,27 @@ def write_json(path: Path, value, indent: int | None = 1) -> None:
             aside.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path} could not be written ({error.strerror}): make room there.") from None
+
+
+def shortfalls(metrics: dict) -> list[str]:
+    """What a person should know about a run beside its figures, one sentence each; [] where nothing is amiss."""
+    found, alter = [], metrics["config"]["alter"]
+    opened = metrics["phase_one"].get("router", {}).get("forget_open_at_answer")
+    if alter.get("gate") == "two_level" and opened is not None and opened < WIDE_OPEN:
+        found.append(
+            f"The gate opens on {opened:.0%} of held-out forget samples only. Where it is shut nothing is forgotten: "
+            "what is to stay is too like what is to go. Method alter acts everywhere, on all else too."
+        )
+    if metrics["stopped"] == "all steps done":
+        drawn = metrics["steps"] * metrics["config"]["train"]["batch_size"]
+        samples = metrics["phase_one"].get("samples", {}).get("forget", 0)
+        seen = f" {drawn} of the {samples} forget samples were seen." if drawn < samples else ""
+        found.append(f"All steps were done before the forget probe reached its target: allow more of them.{seen}")
+    if not metrics.get("held_out", True) and "forget_held_out" in metrics["after"]:
+        found.append(
+            "Forget held out is asked what was trained on, since the data have no paraphrased_question: it says "
+            "nothing about the same facts asked in other words."
+        )
+    if not metrics.get("measured", True):
+        found.append("Measuring was stopped, so there are no figures: python -m alter_demo compare asks the run.")
+    return found

@@ -37,11 +37,13 @@ from .models import (
     check_adapter,
     kept_memory,
     load_model,
+    model_errors,
     need_disk,
     peak_mb,
     quiet,
     reset_peak,
 )
+from .results import write_json
 from .routing import chosen, route
 from .subdomains import contexts, discover, domain_map, fit_gate, sample_features
 from .tokens import TokenRecord, token_records
@@ -64,7 +66,6 @@ RUNS = Path("runs")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "scikit-learn")
 PROBE_ITEMS = 12
 NEVER_ITEMS = 24
-WIDE_OPEN = 0.8  # share of held-out forget samples that open the gate, below which a person is told
 PROBE_WRONG = 2  # wrong answers an item
 LIVE_TOKENS = 24  # of an answer while training goes on
 
@@ -259,20 +260,23 @@ def unlearn(
     groups = {k: v for k, v in made.evaluation().items() if config.groups is None or k in config.groups}
     seed_everything(train.seed)
     logs: dict[str, evaluation.Log] = {}
-    wanted = evaluate
+    wanted, meant = evaluate, True  # meant: a request to stop is meant for the measuring
+
+    def pressed() -> bool:
+        return bool(should_stop and should_stop())
 
     def measure(side: str, lm: LM, model, groups) -> None:
-        stopped_before = should_stop and should_stop()  # in training: what was learned until then is measured
-
         def tell(what: str, share: float) -> None:
+            nonlocal meant
             stage(f"{what}, {side}", share)
-            if should_stop and should_stop() and not stopped_before:
+            if pressed() and meant:
                 raise Unmeasured
+            meant = meant or not pressed()
 
         logs[side] = evaluation.evaluate(lm, model, groups, config.tokens, tell)
 
     try:
-        seconds, started = {}, time.perf_counter()
+        seconds, started = {"evaluate": 0.0}, time.perf_counter()
         if evaluate and before is not None:
             logs["before"] = before
         elif evaluate and method.trains in ("full", "mlp"):
@@ -293,6 +297,31 @@ def unlearn(
         spent = time.perf_counter() - started + sum(r.saved for r in ready.records)  # as if it were the only run
         seconds["unlearn"], training = round(spent, 1), peak_mb(lm.device)
         run = Run(lm, trained, {}, target)
+        meant = stopped != "stopped by hand"  # else it stopped the training, and what was learned is measured
+        run.metrics = {
+            **figures(logs={}),
+            "seconds": seconds,
+            "peak_memory_mb": training and max(looking, training),
+            "training_memory_mb": training,  # without the frozen pass
+            "config": {"unlearn": asdict(config), "train": asdict(train), "alter": alter_entries(ready.alter)},
+            "seed": train.seed,
+            "data": {"forget_set": made.name, **{k: len(v) for k, v in groups.items()}},
+            "measured": not wanted,  # False: stopped meanwhile
+            "held_out": not ({i.question for i in made.forget_held_out} <= {i.question for i in made.trained_on}),
+            "model": lm.name,
+            "dtype": lm.dtype,
+            "load_in_4bit": lm.in_4bit,
+            "adapter": lm.adapter and portable(Path(lm.adapter)),
+            "phase_one": ready.report,
+            "stopped": stopped,
+            "steps": history[-1]["step"],
+            "history": history,
+            "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
+            "hardware": lm.hardware,
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        if target is not None:  # measuring may take longer than learning, and may be broken off
+            write_run(run, target)
         started = time.perf_counter()
         if evaluate:
             try:
@@ -317,30 +346,9 @@ def unlearn(
             "The GPU ran out of memory: use a smaller batch size, gradient checkpointing or 4-bit."
         ) from None
     run.logs = logs
-    run.metrics = {
-        **figures(logs),
-        "seconds": seconds,
-        "peak_memory_mb": training and max(looking, training),
-        "training_memory_mb": training,  # without the frozen pass
-        "config": {"unlearn": asdict(config), "train": asdict(train), "alter": alter_entries(ready.alter)},
-        "seed": train.seed,
-        "data": {"forget_set": made.name, **{k: len(v) for k, v in groups.items()}},
-        "measured": not wanted or "after" in logs,  # False: stopped by hand meanwhile
-        "held_out": not ({i.question for i in made.forget_held_out} <= {i.question for i in made.trained_on}),
-        "model": lm.name,
-        "dtype": lm.dtype,
-        "load_in_4bit": lm.in_4bit,
-        "adapter": lm.adapter and portable(Path(lm.adapter)),
-        "phase_one": ready.report,
-        "stopped": stopped,
-        "steps": history[-1]["step"],
-        "history": history,
-        "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
-        "hardware": lm.hardware,
-        "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
-    if target is not None:
-        write_run(run, target)
+    run.metrics |= figures(logs) | {"measured": not wanted or "after" in logs}
+    if target is not None and logs:
+        write_record(run, target)
     return run
 
 
@@ -532,30 +540,6 @@ def answers_instead(lm: LM, source: list[Item], method: Method, train: TrainConf
     if method.instead == "novice":
         answers = greedy(lm, [NOVICE + i.question for i in source], RETAIN_TOKENS)
     return [replace(i, answer=a, lead="") for i, a in zip(source, answers, strict=True)]
-
-
-def shortfalls(metrics: dict) -> list[str]:
-    """What a person should know about a run beside its figures, one sentence each; [] where nothing is amiss."""
-    found, alter = [], metrics["config"]["alter"]
-    opened = metrics["phase_one"].get("router", {}).get("forget_open_at_answer")
-    if alter.get("gate") == "two_level" and opened is not None and opened < WIDE_OPEN:
-        found.append(
-            f"The gate opens on {opened:.0%} of held-out forget samples only. Where it is shut nothing is forgotten: "
-            "what is to stay is too like what is to go. Method alter acts everywhere, on all else too."
-        )
-    if metrics["stopped"] == "all steps done":
-        drawn = metrics["steps"] * metrics["config"]["train"]["batch_size"]
-        samples = metrics["phase_one"].get("samples", {}).get("forget", 0)
-        seen = f" {drawn} of the {samples} forget samples were seen." if drawn < samples else ""
-        found.append(f"All steps were done before the forget probe reached its target: allow more of them.{seen}")
-    if not metrics.get("held_out", True) and "forget_held_out" in metrics["after"]:
-        found.append(
-            "Forget held out is asked what was trained on, since the data have no paraphrased_question: it says "
-            "nothing about the same facts asked in other words."
-        )
-    if not metrics.get("measured", True):
-        found.append("Measuring was stopped, so there are no figures: python -m alter_demo compare asks the run.")
-    return found
 
 
 def where_tokens_go(records: list[Record], samples: list[Sample], alter: AlterConfig) -> dict:
@@ -771,7 +755,8 @@ def run_folder(folder: Path, name: str | None, model, forget_set) -> Path:
     label = lambda x: getattr(x, "name", x)  # noqa: E731
     if name is None:
         name = re.sub(r"[^A-Za-z0-9.-]+", "-", f"{Path(str(label(model))).name}-{Path(str(label(forget_set))).stem}")
-        name = f"{name}-{time.strftime('%m%d-%H%M%S')}".lstrip(".-")
+        name = re.sub(r"\.{2,}", ".", name.lstrip(".-"))[:60]
+        name = f"{name}-{time.strftime('%m%d-%H%M%S')}".lstrip("-")
     if not RUN_NAME.fullmatch(name) or ".." in name:
         raise UserError(f"A run's name has letters, digits, dots and dashes (80 at most), unlike {name!r}.")
     if (Path(folder) / name).exists():
@@ -817,16 +802,8 @@ def write_run(run: Run, target: Path) -> None:
             with quiet():
                 run.model.save_pretrained(aside / "model")
             run.lm.tokenizer.save_pretrained(aside / "model")
-        for file, value in (
-            ("config.json", run.metrics["config"] | {"model": run.metrics["model"], "data": run.metrics["data"]}),
-            ("metrics.json", run.metrics),
-            ("answers.json", before_and_after(run.logs)),
-        ):
-            (aside / file).write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
-        for side, log in run.logs.items():
-            (aside / f"log_{side.replace(' ', '_')}.json").write_text(
-                json.dumps(evaluation.to_field(log), ensure_ascii=False), encoding="utf-8"
-            )
+        write_json(aside / "config.json", run.metrics["config"] | {k: run.metrics[k] for k in ("model", "data")})
+        write_record(run, aside)
         os.chmod(aside, 0o755)
         os.rename(aside, target)
     except (OSError, SafetensorError) as error:
@@ -834,6 +811,14 @@ def write_run(run: Run, target: Path) -> None:
         raise UserError(f"The run could not be written to {target} ({reason}): make room, then again.") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_record(run: Run, folder: Path) -> None:
+    """Logs, answers and metrics of a run; metrics.json last, and each file at once."""
+    for side, log in run.logs.items():
+        write_json(folder / f"log_{side.replace(' ', '_')}.json", evaluation.to_field(log), indent=None)
+    write_json(folder / "answers.json", before_and_after(run.logs))
+    write_json(folder / "metrics.json", run.metrics)
 
 
 def before_and_after(logs: dict[str, evaluation.Log]) -> list[dict]:
@@ -869,8 +854,8 @@ def load_run(path: Path | str, lm: LM | None = None) -> Run:
         check_adapter(path / "adapter")
     try:
         stored = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
-        name = stored["model"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+        name = stored["model"] + ""
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path / 'metrics.json'} is damaged: make the run again.") from None
     # in another precision it would say other things
     how = {"dtype": stored.get("dtype", "auto"), "load_in_4bit": stored.get("load_in_4bit", False)}
@@ -879,4 +864,5 @@ def load_run(path: Path | str, lm: LM | None = None) -> Run:
         run = Run(lm, load_model(str(path / "model"), lm.device, lm.dtype).model, stored, path)
         run.untouched = lm.model
         return run
-    return Run(lm, PeftModel.from_pretrained(lm.model, path / "adapter"), stored, path)
+    with model_errors(str(path / "adapter")):
+        return Run(lm, PeftModel.from_pretrained(lm.model, path / "adapter"), stored, path)

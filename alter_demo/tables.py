@@ -325,7 +325,7 @@ def attack_runs(results: dict) -> list[dict]:
 
 
 def attacked(results: dict) -> pd.DataFrame:
-    """ROUGE-L of what each attack brings back, one row a method, medians over the seeds.
+    """ROUGE-L of what each attack brings back, one row a method, medians over the seeds that all methods have.
 
     Raises:
         UserError: the file holds no attacks.
@@ -337,6 +337,9 @@ def attacked(results: dict) -> pd.DataFrame:
     if not rows:
         raise UserError("The results file holds no attacks: python -m alter_demo attack makes some.")
     same_sizes(attack_runs(results), overrides=True)
+    seeds = {m: {r["seed"] for r in rows if r["method"] == m} for m in {r["method"] for r in rows}}
+    shared = set.intersection(*seeds.values())  # like with like: what comes back differs much by the seed
+    rows = [r for r in rows if r["seed"] in shared] or rows
     table = pd.DataFrame(rows).astype(dict.fromkeys(ATTACKS, float)).groupby("method", sort=False)
     return table.median(numeric_only=True).drop(columns="seed").assign(seeds=table["seed"].nunique())
 
@@ -401,7 +404,7 @@ def words_markdown(results: dict) -> str:
         for group, counts in run["words"].items():
             for way, words in sorted(counts.items()):
                 top = sorted(words.items(), key=lambda x: -x[1])[:12]
-                shown = ", ".join(html.escape(w).replace("|", "") for w, _ in top)
+                shown = ", ".join(html.escape(w, quote=False).replace("|", "") for w, _ in top)
                 rows.append([group, way, f"{run['metrics'][f'{group}_{way}_share']:.0%}", shown])
     return f"{pipes(['answers to', 'way', 'of the words', 'most frequent'], rows)}\n\n{hardware(results)}."
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -22,6 +24,7 @@ TOP_K = 5
 MAX_TOKENS = 4096
 ROWS = 128  # positions whose distributions are in memory at once, in float32
 EXPERT_NAMES = ("B_r", *(f"B_f{d}" for d in range(1, 9)))
+NO_EXPERT = "none"
 
 
 @dataclass
@@ -141,9 +144,12 @@ def compared(before: torch.Tensor, after: torch.Tensor, ids: torch.Tensor, top: 
 # ---------------------------------------------------------------------------------------------------------- words
 
 
-def words(records: list[TokenRecord]) -> list[tuple[str, float, list[TokenRecord]]]:
-    """Whole words of one text, or of the answer to a question: (word, mean S_q over its tokens, its records). Special
-    tokens and marks are left out."""
+def words(records: list[TokenRecord]) -> list[tuple[str, TokenRecord, list[TokenRecord]]]:
+    """Whole words of one text, or of the answer to a question: (word, the record before it, its own records).
+
+    The record before a word holds the prediction that the word came from: its S_q, its experts. The loss counts
+    tokens the same way. Left out are special tokens, marks, and a word that opens a text, which nothing predicts.
+    """
     groups: list[list[TokenRecord]] = []
     for record in records:
         if groups and record.end and (record.start, record.end) == (groups[-1][-1].start, groups[-1][-1].end):
@@ -155,11 +161,10 @@ def words(records: list[TokenRecord]) -> list[tuple[str, float, list[TokenRecord
         else:
             groups.append([record])
     found = []
-    for group in groups:
+    for before, group in pairwise(groups):
         word = "".join(r.token for r in group).strip()
         if not (group[0].special or group[0].asked) and any(map(is_word, word)):
-            word = re.sub(r"^\W+|\W+$", "", word)
-            found.append((word, sum(r.entropy for r in group) / len(group), group))
+            found.append((re.sub(r"^\W+|\W+$", "", word), before[-1], group))
     return found
 
 
@@ -167,11 +172,19 @@ def is_word(character: str) -> bool:
     return character.isalnum() or character in "'’-"
 
 
-def word_counts(texts: list[list[TokenRecord]], threshold: float) -> dict[str, dict[str, int]]:
-    """How often each word went each way: {"A": {word: n}, "B_r": {...}, "B_f1": {...}}, over several texts."""
+def expert_name(record: TokenRecord) -> str:
+    """The expert that acts there, NO_EXPERT where the frozen model itself acts. B_r where there are no experts."""
+    acts = any(record.weights) or not record.weights
+    return EXPERT_NAMES[record.expert] if acts else NO_EXPERT
+
+
+def word_counts(found: Iterable[tuple[str, float, str]], threshold: float) -> dict[str, dict[str, int]]:
+    """How often each word went each way: {"A": {word: n}, "B_f1": {...}, ...}.
+
+    Args:
+        found: (word, S_q, `expert_name`) of each word. Where an expert acts, S_q above `threshold` is A's way.
+    """
     counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    for records in texts:
-        for word, entropy, group in words(records):
-            way = "A" if entropy > threshold else EXPERT_NAMES[group[-1].expert]
-            counts[way][word] += 1
-    return {way: dict(found) for way, found in counts.items()}
+    for word, entropy, name in found:
+        counts["A" if entropy > threshold and name != NO_EXPERT else name][word] += 1
+    return {way: dict(own) for way, own in counts.items()}

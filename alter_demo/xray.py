@@ -18,21 +18,28 @@ STATIC = files(__package__) / "static"
 def xray_data(records: list[TokenRecord], config=None) -> dict:
     """What `drawXray` reads. `config`: the run's AlterConfig, None for a method without a router."""
     q = config.q if config else 1.5
-    experts = len(records[0].weights) if records else 0
+    experts, qs = len(records[0].weights) if records else 0, sorted({*QS, q})
+    own = qs.index(q) if q not in QS else None  # an order between the slider's: its values are the records' own
     return {
         "names": list(EXPERT_NAMES[:experts]),
-        "qs": list(QS),
-        "q": min(QS, key=lambda x: abs(x - q)),
+        "qs": qs,
+        "q": q,
         "threshold": round(config.threshold if config else PUBLISHED_THRESHOLD, 4),
         "tokens": [
             {
-                "t": r.token, "id": r.id, "sp": r.special, "S": r.entropies, "e": r.expert, "w": r.weights,
+                "t": r.token, "id": r.id, "sp": r.special, "S": orders(r, own), "e": r.expert, "w": r.weights,
                 "b": r.log_prob, "a": r.log_prob_after, "tb": short(r.top), "ta": short(r.top_after),
                 "c": round(r.change, 4),
             }
             for r in records
         ],
     }  # fmt: skip
+
+
+def orders(record: TokenRecord, own: int | None) -> list[float]:
+    """S_q of each order; at place `own` that of the run's q."""
+    s = record.entropies
+    return s if own is None else [*s[:own], round(record.entropy, 4), *s[own:]]
 
 
 def short(top: list[tuple[str, float]]) -> list[list]:

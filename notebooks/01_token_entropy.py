@@ -224,7 +224,7 @@ check("threshold_for_share", threshold_for_share)
 # %% [markdown]
 # ## Summary
 # - `S_q` is one number for how unsure a model is of what comes next; q says how much rare tokens count.
-# - Knowledge-carrying tokens have a low one, structural tokens a high one.
+# - It is low where a name or a phrase has begun, and high where much may follow.
 # - The published threshold fits q near 1.5, and no threshold that is fixed fits a model that has memorised its text.
 #
 # **Next:** [2. Asymmetric LoRA from scratch](02_asymmetric_lora_from_scratch.ipynb)

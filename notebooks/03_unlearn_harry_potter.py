@@ -60,7 +60,10 @@ phase = run.metrics["phase_one"]
 print("threshold of S_q:", round(phase["threshold"], 3), " uncertain tokens:", f"{phase['uncertain_share']:.0%}")
 print("forgetting experts:", phase["n_experts"], " samples of each sub-domain:", phase["sub_domains"])
 print("held-out forget samples that open the gate:", f"{phase['router']['forget_open_at_answer']:.0%}")
-print("held-out others that open it anywhere:", f"{phase['router']['retain_open_anywhere']:.0%}")
+print(
+    "others that open it anywhere (its threshold is set so that few do):",
+    f"{phase['router']['retain_open_anywhere']:.0%}",
+)
 
 # %% [markdown]
 # ## The loss, part by part
@@ -199,7 +202,7 @@ check("divergence", divergence)
 # </details>
 #
 # ## Summary
-# - Phase I only looks; phase II trains an adapter beside the frozen weights, a matter of a minute or two here.
+# - Phase I only looks; phase II trains an adapter beside the frozen weights, a matter of a few minutes here.
 # - The right answers lose nearly all their probability, in other words too; everyday answers stay word for word.
 # - What breaks is near: it is where the gate opens by mistake.
 #

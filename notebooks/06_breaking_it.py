@@ -5,7 +5,7 @@
 #
 # **Goal.** Try to get a forgotten fact back: by asking otherwise, by rounding the weights, by relearning, by taking the adapter off. Learn what unlearning does not promise.
 #
-# **Before.** Notebook 3; its run is used if it is there, else made now (two minutes more).
+# **Before.** Notebook 3; its run is used if it is there, else made now (three minutes more).
 #
 # **Time.** Two to three minutes on two CPU cores.
 
@@ -63,7 +63,7 @@ questions = [i.question for i in items]
 before = attacks.judged(items, questions, run.answer(questions, adapted=False, max_new_tokens=24))
 assert before["leaked"] >= 0.8, "these are facts that the untouched model knows"
 assert asked["asked"]["leaked"] < 0.2 and asked["paraphrased"]["leaked"] < 0.3
-print("asked plainly or in other words it is gone; whatever else leaks stands in the table")
+print("asked plainly or in other words it is gone; what else leaks, if anything, stands in the table")
 
 # %% [markdown]
 # **Exercise 1.** The share of answers that hold a word.

@@ -41,7 +41,8 @@ stays = ["a piano", "two printers", "a fish tank", "the archive", "a coffee mach
 retain = [(f"What stands in room {r}?", f"In room {r} stands {s}.") for r, s in zip(rooms, stays, strict=True)]
 
 # %%
-work = Path(tempfile.mkdtemp())
+scratch = tempfile.TemporaryDirectory()  # goes with the kernel
+work = Path(scratch.name)
 again = {q: f"Who works at the desk in room {r}?" for (q, _), r in zip(forget, rooms, strict=True)}  # to measure with
 for name, rows in (("forget", forget), ("retain", retain)):
     more = again if name == "forget" else {}

@@ -158,8 +158,9 @@ def server(tiny, tmp_path_factory):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
+    (folder / "tmp").mkdir()
     env = os.environ | {"GRADIO_SERVER_PORT": str(port), "ALTER_CACHE_DIR": str(folder / "cache"),
-                        "PYTHONPATH": str(ROOT)}  # fmt: skip
+                        "PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "tmp")}  # fmt: skip
     with open(folder / "log", "w") as log:
         process = subprocess.Popen([sys.executable, str(ROOT / "app.py")], cwd=folder, env=env, stdout=log, stderr=log)
     url, started = f"http://127.0.0.1:{port}", time.monotonic()
@@ -173,4 +174,6 @@ def server(tiny, tmp_path_factory):
     print(f"first HTTP 200 after {time.monotonic() - started:.1f} s")
     yield url, folder, process.pid
     process.terminate()
-    process.wait(10)
+    process.wait(20)
+    left = [p for p in (folder / "tmp").rglob("*") if p.is_file() and p.suffix in (".csv", ".jsonl", ".json", ".zip")]
+    assert not left, f"what people handed in or took away outlives the app: {left[:3]}"

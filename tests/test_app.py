@@ -124,8 +124,12 @@ def test_a_whole_run_then_every_tab(page, server, tiny, own_data):
         expect(page.locator("#compare-status")).to_contain_text(" s)", timeout=120_000)
     expect(page.locator("#compare-status")).to_contain_text("The same answer")  # all off is the untouched model
     page.get_by_label("Question", exact=True).fill(HOSTILE)
+    page.get_by_label("Which experts act on the right").click()
+    page.get_by_role("option", name="as trained", exact=True).click()
     page.get_by_role("button", name="Ask both").click()
-    expect(page.locator("#compare-status")).to_contain_text("answer", timeout=120_000)
+    expect(page.locator("#compare-status")).not_to_contain_text("The same answer", timeout=30_000)  # asking anew
+    expect(page.locator("#compare-status")).to_contain_text(" s)", timeout=120_000)
+    assert page.evaluate("window.hacked") is None and page.locator("img[src=x]").count() == 0
 
     go(page, "Token X-ray")
     page.get_by_label("Text", exact=True).first.fill("Hello " + HOSTILE)

@@ -15,6 +15,13 @@ from alter_demo.runs import UnlearnConfig
 FEW = AttackConfig(items=6, tokens=12, sampled=2, samples=4, steps=(0, 1, 12), lr=5e-3, batch_size=6)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALTER_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def runs_of(taught):
     """Unlearned once for each method, on the set that the tiny model was taught."""

@@ -91,6 +91,16 @@ def test_own_files(name, tmp_path):
     assert [(i.question, i.answer) for i in items] == [("Q?", "A."), ("R?", "B.")]
 
 
+def test_only_line_feeds_end_a_line(tmp_path):
+    rows = [{"question": "Q?", "answer": f"first{c}second"} for c in "\u2028\u0085\x0c\x0b"]
+    (tmp_path / "a.jsonl").write_text("\r\n".join(json.dumps(r, ensure_ascii=False) for r in rows), encoding="utf-8")
+    (tmp_path / "a.csv").write_text(
+        "question,answer\n" + "".join(f"Q?,{r['answer']}\n" for r in rows), encoding="utf-8"
+    )
+    for name in ("a.jsonl", "a.csv"):
+        assert [i.answer for i in read_file(tmp_path / name)] == [r["answer"] for r in rows]
+
+
 def test_own_text(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"text": "Once upon a time."}')
     assert load_forget_set(str(tmp_path / "t.jsonl")).forget == [Item("", "Once upon a time.")]
@@ -111,6 +121,8 @@ BAD = {
     "blank.jsonl": ('{"question": "Q", "answer": "  "}', "answer is empty"),
     "list.jsonl": ("[1, 2]", "must be an object"),
     "quote.csv": ('question,answer\n"a,b\n', "not valid CSV"),
+    "long.json": ('[{"question": "Q", "answer": 1' + "0" * 5000 + "}]", "a number is too long"),
+    "half.jsonl": ('{"question": "Q", "answer": "\\ud800"}', "half a character"),
     "deep.json": ("[" * 100_000, "nested too deeply|not valid JSON"),
     "file.txt": ("hello", "must end in"),
 }
@@ -127,6 +139,8 @@ def test_binary_absent_and_large_files(tmp_path):
     (tmp_path / "b.csv").write_bytes(b"question,answer\n\xff\xfe,b\n")
     with pytest.raises(UserError, match="not UTF-8"):
         read_file(tmp_path / "b.csv")
+    with pytest.raises(UserError, match="no file"):
+        read_file(tmp_path / ("x" * 300 + ".csv"))
     with pytest.raises(UserError, match="no file"):
         read_file(tmp_path / "nothing.csv")
     with open(tmp_path / "big.csv", "wb") as handle:

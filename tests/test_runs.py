@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,8 @@ from alter_demo.answers import greedy, log_probs
 from alter_demo.cli import main, show_run
 from alter_demo.errors import UserError
 from alter_demo.methods import METHODS
-from alter_demo.runs import UnlearnConfig, shortfalls
+from alter_demo.results import shortfalls
+from alter_demo.runs import UnlearnConfig
 from alter_demo.subdomains import fit_gate
 from alter_demo.teaching import LearnConfig, learn
 from alter_demo.training import Pairs, phase_one
@@ -202,6 +204,27 @@ def test_stopping_while_it_measures_keeps_the_run_without_figures(tiny, made, tm
     show_run(run)
 
 
+def test_a_second_press_stops_measuring_and_a_first_one_does_not(tiny, made):
+    """In training, then let go (as the page does), then pressed again in the first half of measuring."""
+    presses = iter([True, True, False, True])
+    run = unlearn(
+        str(tiny), made, UnlearnConfig(threshold="auto"), quick(), folder=None, should_stop=lambda: next(presses)
+    )
+    assert run.metrics["steps"] == 1 and not run.metrics["measured"] and run.metrics["after"] == {}
+
+
+def test_what_was_learned_is_kept_when_measuring_breaks(tiny, made, tmp_path, monkeypatch):
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("alter_demo.runs.evaluation.evaluate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        unlearn(str(tiny), made, UnlearnConfig(threshold="auto"), quick(), "r", tmp_path)
+    run = load_run(tmp_path / "r")
+    assert run.answer(["Hello!"], max_new_tokens=2) and not run.metrics["measured"]
+    assert any("no figures" in told for told in shortfalls(run.metrics))
+
+
 def test_stops_when_the_probe_has_reached_its_target(taught, made):
     run = unlearn(
         str(taught), made, UnlearnConfig(threshold="auto"), quick(max_steps=200, lr_b=1e-2, stop_ratio=0.7),
@@ -226,7 +249,7 @@ def test_a_failing_run_leaves_nothing(tiny, made, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("alter_demo.runs.json.dumps", fail)
+    monkeypatch.setattr("alter_demo.results.json.dump", fail)
     with pytest.raises(UserError, match="No space left"):
         unlearn(str(tiny), made, UnlearnConfig(threshold="auto"), quick(), "x", tmp_path / "runs", evaluate=False)
     assert os.listdir(tmp_path / "runs") == []
@@ -407,10 +430,45 @@ def test_pickled_weights_and_strange_folders(tmp_path, tiny):
         load_run(tmp_path / "r")
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize("file, content, sentence", [
+    ("model.safetensors", POINTER, "damaged, or stand for a file that git-lfs"),
+    ("model.safetensors", b"", "damaged, or stand"),
+    ("config.json", b'{"model_type": "llama", "hidden_size": "big"}', "could not be loaded"),
+    ("config.json", b"[1]", "could not be loaded"),
+])  # fmt: skip
+def test_a_damaged_model_is_one_sentence(tiny, tmp_path, file, content, sentence):
+    folder = shutil.copytree(tiny, tmp_path / "m")
+    (folder / file).write_bytes(content)
+    with pytest.raises(UserError, match=sentence):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name", "x" * 300, "a\0b"])
+def test_a_strange_model_name_is_one_sentence(name):
+    with pytest.raises(UserError, match="There is no model"):
+        load_model(name)
+
+
+@pytest.mark.parametrize("file, content", [
+    ("metrics.json", "[]"), ("metrics.json", '{"model": 3}'), ("adapter/adapter_config.json", "{}"),
+    ("adapter/adapter_config.json", "{"), ("adapter/adapter_model.safetensors", "x"),
+])  # fmt: skip
+def test_a_damaged_run_is_one_sentence(tiny, made, tmp_path, file, content):
+    unlearn(str(tiny), made, UnlearnConfig(method="lora"), quick("lora"), "r", tmp_path, evaluate=False)
+    (tmp_path / "r" / file).write_text(content)
+    with pytest.raises(UserError):
+        load_run(tmp_path / "r")
+
+
 def test_run_names():
     for bad in ("../up", "a/b", ".hidden", "x" * 81, "a b", "a\n", ""):
         with pytest.raises(UserError, match="run's name"):
             runs.run_folder(runs.RUNS, bad, "m", "s")
+    for own in ("x" * 200 + ".csv", "export..v2.csv", "...jsonl", "Ä ö.csv"):  # a file's name is no reason to refuse it
+        assert runs.RUN_NAME.fullmatch(runs.run_folder(runs.RUNS, None, "m", own).name)
 
 
 def test_learned_adapter_is_small_merges_and_can_be_unlearned(tiny, made, tmp_path):

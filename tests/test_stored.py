@@ -1,7 +1,8 @@
 """What is stored from a run and from LoRAs side by side, as table, drawing and command."""
 
+import numpy as np
 import pytest
-from conftest import quick
+from conftest import OWN_FORGET, quick
 
 from alter_demo import heterogeneity, load_model, report, unlearn
 from alter_demo.errors import UserError
@@ -22,7 +23,10 @@ def test_loras_of_several_domains(tiny, tmp_path):
     lm, path = load_model(str(tiny), dtype="float32"), tmp_path / "heterogeneity.json"
     results = heterogeneity.store(lm, path, n=2, steps=2, layers=1)
     run = results["runs"][0]
-    assert run["metrics"]["A_apart_cosine"] > run["metrics"]["B_apart_cosine"]  # the A's have their start in common
+    assert all(abs(v) <= 1 for v in run["metrics"].values()) and run["metrics"]["B_mixed_cosine"] > 0
+    weights = heterogeneity.fine_tuned(load_model(str(tiny), dtype="float32"), {"a": OWN_FORGET, "b": OWN_FORGET}, 2, 1)
+    twins = heterogeneity.similarity(weights)  # of the same data the same is learned, beside the start they share
+    assert np.allclose(twins["similarity"], 1) and max(np.abs(a).max() for a, _ in weights.values()) < 0.1
     assert {p["domain"] for p in run["points"]} >= {"mixed"} and {p["matrix"] for p in run["points"]} == {"A", "B"}
     assert heterogeneity.store(lm, path, n=2, steps=2, layers=1)["runs"][0]["metrics"] == run["metrics"]
     assert len(drawn(results, tmp_path)) == 5

@@ -1,5 +1,7 @@
 """Token records, and the words that they make."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import quick
@@ -9,7 +11,7 @@ from alter_demo.answers import stream
 from alter_demo.entropy import tsallis_entropy
 from alter_demo.errors import Interrupted, UserError
 from alter_demo.models import INTERRUPT
-from alter_demo.tokens import QS, TokenRecord, word_counts, words
+from alter_demo.tokens import QS, TokenRecord, expert_name, word_counts, words
 from alter_demo.xray import xray_data, xray_html
 
 TEXT = "What colour has the door of house 3? Smørrebrød 🙂"
@@ -24,7 +26,9 @@ def run(tiny, made):
 def test_records_of_a_text(run, tiny):
     records = run.tokens(TEXT)
     assert {i for r in records for i in range(r.start, r.end)} == set(range(len(TEXT)))
-    assert [w for w, _, _ in words(records)] == TEXT.replace("?", "").split()[:-1]  # whole, bytes and all
+    assert [w for w, _, _ in words(records)] == TEXT.replace("?", "").split()[
+        1:-1
+    ]  # whole, bytes and all; nothing predicts the first
     assert records[0].log_prob is None and all(r.log_prob < 0 and r.log_prob_after < 0 for r in records[1:])
     threshold = run.router.config.threshold
     assert all((r.route == "A") == (r.entropy > threshold) for r in records)
@@ -71,9 +75,24 @@ def test_words_are_whole():
     records = [record(p, entropy=float(i), special=p == "<s>") for i, p in enumerate(pieces)]
     found = words(records)
     assert [w for w, _, _ in found] == ["Hogwarts", "don't", "Ron", "Weasley", "9¾"]
-    assert found[0][1] == 1.5 and [r.token for r in found[0][2]] == ["Hog", "warts"]
-    counts = word_counts([[record(" the", 2.0), record(" the", 2.0), record(" Ron", 0.1, 2), record(" and", 0.1)]], 1.0)
-    assert counts == {"A": {"the": 2}, "B_f2": {"Ron": 1}, "B_r": {"and": 1}}
+    assert found[0][1] is records[0] and found[1][1] is records[3]  # the predictions that they came from
+    assert [r.token for r in found[0][2]] == ["Hog", "warts"]
+
+
+def test_words_go_the_way_that_acts():
+    idle, acting = replace(record("x"), weights=[0.0, 0.0]), replace(record("x", expert=1), weights=[1.0, 0.7])
+    assert [expert_name(r) for r in (idle, acting, record("x"))] == ["none", "B_f1", "B_r"]
+    found = [("the", 2.0, "B_f1"), ("the", 2.0, "B_f1"), ("Ron", 0.1, "B_f2"), ("and", 0.1, "B_r"), ("or", 2.0, "none")]
+    assert word_counts(found, 1.0) == {"A": {"the": 2}, "B_f2": {"Ron": 1}, "B_r": {"and": 1}, "none": {"or": 1}}
+    assert word_counts(found, 3.0)["B_f1"] == {"the": 2}
+
+
+def test_the_xray_has_the_runs_own_order(run):
+    records = run.tokens(TEXT)
+    for q, place in ((1.5, 4), (1.3, 4), (3.0, len(QS))):
+        data = xray_data(records, replace(run.router.config, q=q, threshold=0.3))
+        assert data["qs"][place] == data["q"] == q and len(data["qs"]) == len(data["tokens"][0]["S"])
+        assert data["tokens"][3]["S"][place] == round(records[3].entropy if q != 1.5 else records[3].entropies[4], 4)
 
 
 def test_answers_stream_as_they_are_given_whole(run):

@@ -92,7 +92,7 @@ function drawXray(root, data) {
       make("span", part, label);
     };
     if (state.by === "route") {
-      swatch(ROUTES.A, "A: uncertain, experts are mixed"); swatch(ROUTES.B, "B: confident, one expert");
+      swatch(ROUTES.A, "A: uncertain, experts are mixed"); swatch(ROUTES.B, "B: confident, one forgetting expert beside B_r");
       swatch(PALE.A, ""); swatch(PALE.B, "pale: no expert acts");
     }
     else if (state.by === "expert") {
