@@ -298,7 +298,10 @@ def leaks(found: dict) -> list[dict]:
 
 
 def attack_grid(config, methods: list[str], seeds: list[int], how, attacks: AttackConfig | None = None) -> dict:
-    """Unlearn with each method and seed and attack what comes of it; goes on where it stopped, as `grid.grid`."""
+    """Unlearn with each method and seed and attack what comes of it; goes on where it stopped, as `grid.grid`.
+
+    The retain-only model is asked and taught the same: what comes out of it was never forgotten.
+    """
     from .answers import adapt
     from .errors import Diverged
     from .grid import Bench
@@ -308,8 +311,16 @@ def attack_grid(config, methods: list[str], seeds: list[int], how, attacks: Atta
     values = how.settings[0]
     overrides = {"attack": asdict(attacks) | {"steps": list(attacks.steps)}} | values
     missing = [(m, s) for s in seeds for m in methods if not bench.done(m, s, overrides)]
-    if missing:
+    never_taught = not bench.done("retain", 0, overrides)
+    if missing or never_taught:
         bench.prepare()
+    if never_taught and "retain" in bench.folders:
+        made, lm = adapt(bench.made, bench.reference("target")), bench.reference("retain")
+        how.on_stage("the retain-only model", 0.0)
+        found = attack(Run(lm, lm.model, {}), made, attacks, how.on_stage)
+        del found["before"]  # it has no before
+        bench.add("retain", 0, flat(found), overrides, leaks=leaks(found))
+        del lm
     for number, (method, seed) in enumerate(missing, 1):
         name = f"{number} of {len(missing)}: {method}, seed {seed}"
         stage = lambda what, share, name=name: how.on_stage(f"{name}: {what}", share)  # noqa: E731

@@ -324,6 +324,16 @@ def attack_runs(results: dict) -> list[dict]:
     return [run for run in results["runs"] if "attack" in (run["config"].get("overrides") or {})]
 
 
+def of_shared_seeds(runs: list[dict]) -> list[dict]:
+    """The runs whose seed all methods have, as what comes back differs much by the seed; all where none is shared."""
+    seeds: dict[str, set[int]] = {}
+    for r in runs:
+        if r["method"] not in REFERENCES:
+            seeds.setdefault(r["method"], set()).add(r["seed"])
+    shared = set.intersection(*seeds.values()) if seeds else set()
+    return [r for r in runs if r["method"] in REFERENCES or r["seed"] in shared] if shared else runs
+
+
 def attacked(results: dict) -> pd.DataFrame:
     """ROUGE-L of what each attack brings back, one row a method, medians over the seeds that all methods have.
 
@@ -332,14 +342,11 @@ def attacked(results: dict) -> pd.DataFrame:
     """
     rows = [
         {"method": r["method"], "seed": r["seed"], **{name: r["metrics"].get(k) for name, k in ATTACKS.items()}}
-        for r in attack_runs(results)
+        for r in sorted(of_shared_seeds(attack_runs(results)), key=lambda r: r["method"] not in REFERENCES)
     ]  # fmt: skip
     if not rows:
         raise UserError("The results file holds no attacks: python -m alter_demo attack makes some.")
     same_sizes(attack_runs(results), overrides=True)
-    seeds = {m: {r["seed"] for r in rows if r["method"] == m} for m in {r["method"] for r in rows}}
-    shared = set.intersection(*seeds.values())  # like with like: what comes back differs much by the seed
-    rows = [r for r in rows if r["seed"] in shared] or rows
     table = pd.DataFrame(rows).astype(dict.fromkeys(ATTACKS, float)).groupby("method", sort=False)
     return table.median(numeric_only=True).drop(columns="seed").assign(seeds=table["seed"].nunique())
 

@@ -356,7 +356,10 @@ def test_attacks_go_on_where_they_stopped(small, tmp_path):
     how = How(path, FEW, on_stage=lambda what, share: asked.append(what))
     first = attacks.attack_grid(small, ["alter_selective", "npo"], [0], how, config)
     runs = {r["method"]: r for r in first["runs"]}
-    assert set(runs) == {"alter_selective", "npo"} and "relearn_half_1_loss" in runs["npo"]["metrics"]
+    assert set(runs) == {"retain", "alter_selective", "npo"} and "relearn_half_1_loss" in runs["npo"]["metrics"]
+    never = runs["retain"]["metrics"]  # taught all but this, so nothing was there to forget, and it learns as any model
+    assert never.keys() == runs["npo"]["metrics"].keys() - {"before_ROUGE", "before_leaked"}
+    assert tables.attacked(first).index[0] == "retain" and len(figures.relearning(first).data) == 3
     assert "adapter_removed_ROUGE" in runs["alter_selective"]["metrics"].keys() - runs["npo"]["metrics"].keys()
     asked.clear()
     again = attacks.attack_grid(small, ["alter_selective", "npo"], [0], how, config)
