@@ -83,8 +83,14 @@ def test_what_comes_back_and_what_does_not(runs_of):
     figures = attacks.flat(found)
     assert figures["relearn_forget_12_ROUGE"] > figures["relearn_forget_0_ROUGE"]
     assert all(isinstance(v, float) for v in figures.values())
-    # a forced beginning is not counted as said
-    assert greedy(run.lm, ["x"], 4, run.model, leads=["hello"]) != greedy(run.lm, ["x"], 4, run.model)
+    # a forced beginning is not counted as said: what is said goes on from it
+    question, tokenizer = OWN_FORGET[0].question, run.lm.tokenizer
+    begun = torch.tensor([[*data.render_prompt(tokenizer, question), *tokenizer("The door is").input_ids]])
+    whole = run.model.generate(
+        input_ids=begun, attention_mask=torch.ones_like(begun), max_new_tokens=6, do_sample=False
+    )
+    tail = tokenizer.decode(whole[0, begun.shape[1] :], skip_special_tokens=True)
+    assert greedy(run.lm, [question], 6, run.model, leads=["The door is"]) == [tail.strip()]
 
 
 def test_the_report_shows_every_attack(runs_of):

@@ -1,6 +1,7 @@
 """The built-in model forgets Harry Potter: the one slow test (fetches 93 MB once)."""
 
 import json
+import math
 
 import pytest
 
@@ -59,11 +60,14 @@ def test_bench_has_the_promised_keys():
 def test_a_stored_result_comes_back(tmp_path, monkeypatch):
     """The two reference models of the imaginary authors, measured anew, beside what assets/results says of them."""
     monkeypatch.setattr(grid, "cache_dir", lambda: tmp_path)  # no logs of an earlier measurement
-    stored = RESULTS / "imaginary-authors.json"
+    kept = RESULTS / "imaginary-authors.json"
     again = tmp_path / "again.json"
     assert main(["tofu", "--forget", "imaginary-authors", "--methods", "--results", str(again)]) == 0
-    old, new = ({r["method"]: r["metrics"] for r in json.loads(p.read_text())["runs"]} for p in (stored, again))
+    old, new = ({r["method"]: r["metrics"] for r in json.loads(p.read_text())["runs"]} for p in (kept, again))
     for which in TAUGHT:
         assert old[which].keys() == new[which].keys()
-        for name, value in new[which].items():  # bfloat16 rounds in its own way on each processor
-            assert value == pytest.approx(old[which][name], rel=0.05, abs=0.02), (which, name)
+        for name, value in new[which].items():  # another processor sums in another order
+            stored = old[which][name]
+            if name.startswith("forget_quality"):  # 3e-11 is not 0.002
+                value, stored = math.log10(value), math.log10(stored)
+            assert value == pytest.approx(stored, rel=0.02, abs=0.005), (which, name)

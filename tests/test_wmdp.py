@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from peft import get_peft_model
 
 from alter_demo import data, load_model, report, wmdp
+from alter_demo.adapter import AlterConfig
 from alter_demo.cli import main
 from alter_demo.errors import UserError
 from alter_demo.grid import GridConfig, How
@@ -25,15 +27,21 @@ def test_school_questions_are_sound():
     assert {f"school_{q['subject']}" for q in questions} == set(wmdp.TASKS["school"])
     assert all(len(set(q["choices"])) == 4 for q in questions) and len({q["question"] for q in questions}) == 200
     made = data.load_forget_set("school")
-    trained = " ".join(i.answer for i in [*made.forget, *made.retain])
-    assert not any(q["question"] in trained for q in questions)  # asked about, never trained on
+    assert not any("?" in i.answer for i in [*made.forget, *made.retain])  # statements are trained on, no questions
     docs = wmdp.school_task("astronomy")["custom_dataset"]()["test"]
     assert len({d["answer"] for d in docs}) == 4  # the right one stands anywhere
 
 
-def test_lm_eval_scores_as_by_hand(taught):
+@pytest.mark.parametrize("adapter", [False, True])
+def test_lm_eval_scores_as_by_hand(taught, adapter):
     """The likeliest choice wins; ours is computed token by token. Without the question only the choices are left."""
     lm = load_model(str(taught), dtype="float32")
+    if adapter:  # lm-eval passes ids alone, padded on the right: the routes must not notice
+        torch.manual_seed(5)
+        lm.model = get_peft_model(lm.model, AlterConfig(n_experts=2, threshold=1.9)).eval()
+        for name, p in lm.model.named_parameters():
+            if "alter_B" in name or "alter_gate" in name:
+                torch.nn.init.normal_(p, std=0.3)
     docs = list(wmdp.school_task("biology")["custom_dataset"]()["test"])
 
     def log_likelihood(question, choice):
