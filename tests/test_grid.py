@@ -391,7 +391,7 @@ def test_experts_are_handed_on(taught, small):
 
 
 @pytest.mark.parametrize("file", sorted(tables.RESULTS.glob("*.json")), ids=lambda p: p.stem)
-def test_the_printed_commands_ask_for_what_is_stored(file):
+def test_the_printed_commands_ask_for_all_that_is_stored(file):
     results = read_results(file)
     wanted = {(r["method"].split("/")[0], r["seed"]) for r in report.rivals(results) if "words" not in r}
     for command in report.commands_of(results, file.stem):
