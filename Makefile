@@ -9,6 +9,7 @@ help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
 .venv/.app: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -41,7 +42,8 @@ test: .venv/.dev browser  ## set up and run the whole test suite (about 25 minut
 .PHONY: browser
 browser:
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
-		|| (apt-get update -qq && apt-get install -qq -y chromium >/dev/null)
+		|| (apt-get update -qq && apt-get install -qq -y chromium >/dev/null) \
+		|| (echo "The tests of the page need Chromium: install it, then run make test again." && exit 1)
 
 quality: .venv/.dev  ## lint
 	$(BIN)/ruff check .

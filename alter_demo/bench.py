@@ -114,7 +114,7 @@ def store(result: dict, path: Path) -> None:
     parts = ("step_seconds", "peak_memory_mb", "tokens_per_second", "ratio")
     metrics = {f"{part}_{k}": v for part in parts for k, v in result[part].items()}
     entry = {"id": own, "method": "bench", "seed": 0, "metrics": metrics, "config": result["settings"]}
-    put(path, entry | {"hardware": result["hardware"], "date": time.strftime("%Y-%m-%d")})
+    put(path, entry | {"hardware": result["hardware"]})
 
 
 def load(model: str, device: str, dtype: str, load_in_4bit: bool = False) -> LM:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 from collections.abc import Collection
 from pathlib import Path
 
@@ -54,6 +55,7 @@ def put(path: Path, entry: dict, stale: Collection[str] | None = None) -> dict:
         UserError: as `read_results` and `write_json` do.
     """
     stale = {entry["id"]} if stale is None else stale
+    entry = entry | {"date": entry.get("date", time.strftime("%Y-%m-%d"))}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.with_name(f".{path.name}.lock")).acquire()
