@@ -116,9 +116,9 @@ def lines(table: pd.DataFrame) -> go.Figure:
 
 
 def heterogeneity(results: dict) -> go.Figure:
-    """A's and B's of LoRAs of several domains, from the same start, in two dimensions (ALTER, Fig. 1)."""
+    """What A and B of LoRAs of several domains learned, from the same start, in two dimensions (ALTER, Fig. 1)."""
     points = pd.DataFrame(results["runs"][-1]["points"])
-    titles = ("A, one point a direction", "B, one point a direction")
+    titles = ("what A learned, a point a direction", "what B learned, a point a direction")
     figure = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.16)
     symbols = dict(zip(points["domain"].unique(), itertools.cycle(SYMBOLS), strict=False))
     for (matrix, domain), own in points.groupby(["matrix", "domain"], sort=False):

@@ -374,7 +374,7 @@ def heterogeneity_markdown(results: dict) -> str:
         rows.append([str(run["seed"]), *cells, f"{run['seconds']['learn']:.0f}"])
     header = ["seed", "A: one domain beside another", "A: a domain beside all mixed",
               "B: one domain beside another", "B: a domain beside all mixed", "seconds"]  # fmt: skip
-    return f"{pipes(header, rows)}\n\nMean cosine; {hardware(results)}."
+    return f"{pipes(header, rows)}\n\nMean cosine of what was learned; {hardware(results)}."
 
 
 def costs(results: dict) -> pd.DataFrame:

@@ -196,7 +196,7 @@ check("gate_weights", gate_weights)
 # %% [markdown]
 # ## Why A is shared and B is not (the paper's Fig. 1, in small)
 # We fine-tune one LoRA on each of four invented authors and one on all four mixed, all from the same start, and look at how
-# far the A's and the B's end up from each other.
+# alike that is which the A's and the B's have learned (A and B less where they began).
 
 # %%
 from alter_demo import load_model
@@ -214,18 +214,23 @@ fig, axes = plt.subplots(1, 2, figsize=(9, 4))
 for ax, (matrix, points) in zip(axes, projected(weights).groupby("matrix"), strict=True):
     for (domain, own), marker in zip(points.groupby("domain"), "osD^v", strict=True):
         ax.scatter(own.x, own.y, label=domain, marker=marker, alpha=0.7)
-    ax.set(title=f"{matrix}: one point for each of its 8 directions", xlabel="1st component", ylabel="2nd component")
+    ax.set(
+        title=f"what {matrix} learned: one point for each of its 8 directions",
+        xlabel="1st component",
+        ylabel="2nd component",
+    )
 axes[0].legend(fontsize=8)
 plt.show()
 
 # %% tags=["check", "same"]
 mean = found.groupby("matrix")["similarity"].mean()
-assert mean["A"] > mean["B"] + 0.3
-print(f"likeness of the A's {mean['A']:.2f}, of the B's {mean['B']:.2f}")
+assert mean["A"] > mean["B"]
+print(f"likeness of what the A's learned {mean['A']:.2f}, of what the B's learned {mean['B']:.2f}")
 
 # %% [markdown]
-# The A's start from the same random matrix and hardly leave it, so part of their likeness is their common start; what
-# tells the domains apart is written by the B's. So one A can serve all, and each sub-domain needs a B.
+# Whole A's would look nearly equal whatever they learned, since all start from the same random matrix; so we compare what
+# was added. It is more alike in A than in B: a reason to share A and to give each sub-domain a B, and no proof that one A
+# serves all.
 #
 # ## Summary
 # - $y = W_0 x + \sum_e w_e B_e A x$: one reader, several writers, one row of weights for each token.
