@@ -166,7 +166,7 @@ KINDS: dict[str, Kind] = {
     "heterogeneity": Kind(
         has("points"), lambda r: pd.DataFrame([{"seed": x["seed"], **x["metrics"]} for x in r["runs"]]),
         tables.heterogeneity_markdown, heterogeneity_commands, {"domains": figures.heterogeneity},
-        "LoRAs of several domains from the same start: what their A's learned is more alike than what their B's learned.",
+        "LoRAs of several domains from one start: what their A's learned is more alike than what their B's learned.",
     ),
     "words": Kind(
         has("words"), tables.words, tables.words_markdown, lambda r: ["python -m alter_demo words runs/hp"],
