@@ -177,8 +177,8 @@ def unlearn_tab():
                 upload = gr.File(label="or a file of yours", file_types=kinds, height=140)
                 keep = gr.File(label="and what must stay", file_types=kinds, height=140)
             gr.Markdown(
-                "Files (.jsonl, .json, .csv): `question,answer`, better `paraphrased_question` too, or `text`. They go "
-                "before the set above. Whoever can open this page sees every run here, and its answers."
+                "Files (.jsonl, .json, .csv): `question,answer`, better `paraphrased_question` too, or `text`. A file "
+                "is taken in place of the set above. Whoever can open this page sees every run here, and its answers."
             )
             method = gr.Dropdown(
                 list(METHOD_NAMES), value="alter_selective", label="Method",
@@ -427,6 +427,10 @@ def drawn(figure=None) -> gr.Plot:
 # ------------------------------------------------------------------------------------------------------------ launch
 
 
+def end(*_):
+    raise KeyboardInterrupt  # SIGINT itself is ignored in a script's background
+
+
 def launch(demo: gr.Blocks, **kwargs):
     """Listens on 127.0.0.1 unless GRADIO_SERVER_NAME says otherwise; no share link, no telemetry."""
     theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"]).set(
@@ -440,5 +444,5 @@ def launch(demo: gr.Blocks, **kwargs):
     options["server_name"] = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
     if threading.current_thread() is threading.main_thread():
         # uploads and zips go when the process ends in order, which the default does not let it
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, end)
     return demo.launch(**options | kwargs)

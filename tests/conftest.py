@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -162,7 +163,10 @@ def server(tiny, tmp_path_factory):
     env = os.environ | {"GRADIO_SERVER_PORT": str(port), "ALTER_CACHE_DIR": str(folder / "cache"),
                         "PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "tmp")}  # fmt: skip
     with open(folder / "log", "w") as log:
-        process = subprocess.Popen([sys.executable, str(ROOT / "app.py")], cwd=folder, env=env, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "app.py")], cwd=folder, env=env, stdout=log, stderr=log,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as in a script's background
+        )  # fmt: skip
     url, started = f"http://127.0.0.1:{port}", time.monotonic()
     while True:
         try:
