@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import queue
 import shutil
 import tempfile
@@ -43,7 +44,9 @@ LIVE_COLUMNS = ["set", "question", "at the start", "now"]
 MAX_PROMPT, MAX_TEXT = 4000, 20_000
 UNTOUCHED = "the untouched model"
 ROUTES = ["as trained", "all off", "only B_r", *(f"only B_f{d}" for d in range(1, 9))]
-SCRATCH = tempfile.TemporaryDirectory(prefix="alter-")  # goes with the process
+SCRATCH = tempfile.TemporaryDirectory(prefix="alter-", ignore_cleanup_errors=True)  # goes with the process
+# what people hand in, too: gradio clears its own folder only if nobody is connected when it ends
+os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(SCRATCH.name, "gradio")))
 MINUTE = 60.0
 CLOUD_ITEMS = 30  # questions of a set that a cloud is drawn from
 
@@ -239,10 +242,12 @@ def packed(name: str | None) -> gr.File:
 
 def scratch() -> Path:
     """A new folder for files to download, of which gradio makes copies that it clears; older ones of ours go."""
-    for old in Path(SCRATCH.name).iterdir():
+    files = Path(SCRATCH.name, "files")
+    files.mkdir(exist_ok=True)
+    for old in files.iterdir():
         if time.time() - old.stat().st_mtime > MINUTE:
             shutil.rmtree(old, ignore_errors=True)
-    return Path(tempfile.mkdtemp(dir=SCRATCH.name))
+    return Path(tempfile.mkdtemp(dir=files))
 
 
 def pack(name: str | None):

@@ -196,7 +196,9 @@ def unlearn_tab():
                 start = gr.Button("Unlearn", variant="primary")
                 stop = gr.Button("Stop and keep")
             status = gr.Markdown(jobs.expected_time(), elem_id="status")
-            gr.Markdown("Leave this tab open meanwhile: a reload gives up what is being trained.")
+            gr.Markdown(
+                "Leave this tab open meanwhile: a reload ends the training, and what was learned is kept without figures."
+            )
         with gr.Column(scale=3):
             loss = gr.LinePlot(
                 None, x="step", y="value", color="part", height=280,

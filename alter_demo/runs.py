@@ -27,7 +27,7 @@ from .adapter import AlterConfig
 from .answers import RETAIN_TOKENS, adapt, greedy, log_probs
 from .data import ASSETS, ForgetSet, Item, Sample, adapters, load_forget_set, read_set, render
 from .entropy import PUBLISHED_THRESHOLD, entropy_range, resolve_threshold
-from .errors import UserError
+from .errors import Interrupted, UserError
 from .methods import Method, get_method
 from .models import (
     LM,
@@ -737,7 +737,12 @@ def train_model(
             masked=config.entropy_mask,
         )
         progress.trainer = trainer
-        trainer.train(resume_from_checkpoint=bool(resume and list(Path(resume).glob("checkpoint-*"))))
+        try:
+            trainer.train(resume_from_checkpoint=bool(resume and list(Path(resume).glob("checkpoint-*"))))
+        except Interrupted:  # whoever asked has left; the steps before this one are whole
+            if len(progress.history) < 2:
+                raise
+            progress.stopped = "stopped by hand"
     if mixed:
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes autocast off its forward again
     if method.trains == "alter":
