@@ -197,7 +197,7 @@ def unlearn_tab():
                 stop = gr.Button("Stop and keep")
             status = gr.Markdown(jobs.expected_time(), elem_id="status")
             gr.Markdown(
-                "Leave this tab open meanwhile: a reload ends the training, and what was learned is kept without figures."
+                "Leave this tab open meanwhile: a reload ends the training and keeps what was learned, without figures."
             )
         with gr.Column(scale=3):
             loss = gr.LinePlot(
