@@ -311,10 +311,10 @@ def attack_grid(config, methods: list[str], seeds: list[int], how, attacks: Atta
     values = how.settings[0]
     overrides = {"attack": asdict(attacks) | {"steps": list(attacks.steps)}} | values
     missing = [(m, s) for s in seeds for m in methods if not bench.done(m, s, overrides)]
-    never_taught = not bench.done("retain", 0, overrides)
+    never_taught = bench.made.learned and not bench.done("retain", 0, overrides)
     if missing or never_taught:
         bench.prepare()
-    if never_taught and "retain" in bench.folders:
+    if never_taught:
         made, lm = adapt(bench.made, bench.reference("target")), bench.reference("retain")
         how.on_stage("the retain-only model", 0.0)
         found = attack(Run(lm, lm.model, {}), made, attacks, how.on_stage)

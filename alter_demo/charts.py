@@ -13,11 +13,11 @@ import plotly.graph_objects as go
 
 from .tokens import EXPERT_NAMES, NO_EXPERT, TokenRecord
 
+INK = "#5c5c5c"
 # Okabe and Ito's palette: distinct for colour-blind readers. A, B_r, B_f1 ... B_f8, no expert
 WAYS = ("A", *EXPERT_NAMES, NO_EXPERT)
 COLOURS = dict(zip(WAYS, ("#b8860b", "#7f7f7f", "#3a8fd0", "#d55e00", "#009e73", "#b46a92", "#0072b2", "#8c6d31",
-                          "#7b6fd0", "#a0522d", "#5c5c5c"), strict=True))  # fmt: skip
-INK = "#5c5c5c"
+                          "#7b6fd0", "#a0522d", INK), strict=True))  # fmt: skip
 
 
 def look(figure: go.Figure, height: int = 420) -> go.Figure:

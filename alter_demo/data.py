@@ -351,11 +351,7 @@ def read_file(path: Path, first: int | None = None) -> list[Item]:
     Raises:
         UserError: absent, over 50 MB, not UTF-8, malformed (line and column), without items, columns missing.
     """
-    try:
-        there = path.is_file()
-    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
-        there = False
-    if not there:
+    if not os.path.isfile(path):  # unlike Path's, it takes names that are too long or hold a zero byte
         raise UserError(f"There is no file {path}.")
     suffix = path.suffix.lower()
     in_part = first is not None and suffix == ".jsonl"

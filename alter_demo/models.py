@@ -206,11 +206,9 @@ def resolve(name: str) -> str:
     """The folder or hub id that transformers shall load. Fetches the built-in model on first use."""
     if name in MODELS:
         return str(built_in(name))
-    try:
-        path, there = Path(name).expanduser(), Path(name).expanduser().is_dir()
-    except (OSError, RuntimeError, ValueError):  # too long, nobody's home, a zero byte
-        there = False
-    if there:
+    folder = os.path.expanduser(name)
+    if os.path.isdir(folder):  # unlike Path's, both take any name
+        path = Path(folder)
         if not (path / "config.json").is_file():
             raise UserError(f"The folder {name} holds no config.json, so it is not a transformers model.")
         if not list(path.glob("*.safetensors")):

@@ -859,7 +859,9 @@ def load_run(path: Path | str, lm: LM | None = None) -> Run:
         check_adapter(path / "adapter")
     try:
         stored = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
-        name = stored["model"] + ""
+        name = stored["model"]
+        if not isinstance(name, str):
+            raise TypeError
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path / 'metrics.json'} is damaged: make the run again.") from None
     # in another precision it would say other things
