@@ -2,6 +2,8 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
+# in a container one is root, as whom Jupyter starts only if told so
+AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .PHONY: help demo notebooks outputs test quality style assets clean
 
@@ -27,7 +29,7 @@ demo: .venv/.app  ## set up and start the app on http://127.0.0.1:7860
 	touch $@
 
 notebooks: .venv/.notebooks  ## set up and open the lessons in JupyterLab, on this machine only
-	cd notebooks && ../$(BIN)/jupyter lab --ip=127.0.0.1 --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
+	cd notebooks && ../$(BIN)/jupyter lab --ip=127.0.0.1 $(AS_ROOT) --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
 
 outputs: .venv/.notebooks  ## write the notebooks anew from the .py beside them and run them (about 10 minutes)
 	cd notebooks && for f in 0*.py; do ../$(BIN)/jupytext --quiet --to ipynb $$f || exit 1; done
