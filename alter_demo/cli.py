@@ -240,10 +240,6 @@ def do_unlearn(args) -> None:
     from .runs import UnlearnConfig, run_folder, unlearn
     from .training import train_config
 
-    train = train_config(
-        args.method, max_steps=args.steps, batch_size=args.batch_size, seed=args.seed, lr=args.lr,
-        stop_ratio=args.stop_ratio, gradient_checkpointing=args.gradient_checkpointing,
-    )  # fmt: skip
     config = UnlearnConfig(
         method=args.method,
         threshold=args.threshold,
@@ -254,6 +250,10 @@ def do_unlearn(args) -> None:
     )
     run_folder(args.runs, args.name, args.model, args.forget)  # cheap errors first
     made = load_forget_set(args.forget, args.retain).smaller(args.retain_items)
+    train = train_config(
+        args.method, made.of_texts, max_steps=args.steps, batch_size=args.batch_size, seed=args.seed, lr=args.lr,
+        stop_ratio=args.stop_ratio, gradient_checkpointing=args.gradient_checkpointing,
+    )  # fmt: skip
     stop = Stop()
     with Bars() as bars:
         run = unlearn(

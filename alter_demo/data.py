@@ -64,6 +64,11 @@ class ForgetSet:
         """What is unlearned, and what the target model has been taught before."""
         return self.training or self.forget
 
+    @property
+    def of_texts(self) -> bool:
+        """Whether plain texts are unlearned, so that no sample looks like a question that is asked about them."""
+        return any(not any(i.question for i in part) for part in (self.forget, self.trained_on))
+
     def evaluation(self) -> dict[str, list[Item]]:
         """The groups that `metrics.json` reports."""
         return {

@@ -17,7 +17,7 @@ from .tables import FALLING, OURS, attack_runs, forgetting, medians, of_shared_s
 COST_BASES = ("asym_lora", "grad_diff")  # what a method's seconds and memory are set beside
 SYMBOLS = ("circle", "square", "triangle-up", "triangle-down", "cross", "pentagon", "hexagon", "circle-open",
            "square-open", "triangle-up-open", "triangle-down-open", "pentagon-open", "hexagon-open")  # fmt: skip
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7f7f7f", "#e69f00", "#56b4e9", "#8c6d31", "#000000")
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31")
 BLUE, GREY, ORANGE = "#0b5fa5", "#6b7280", "#c2570c"
 
 
@@ -103,14 +103,16 @@ def relearning(results: dict, source: str = "forget") -> go.Figure:
 
 
 def lines(table: pd.DataFrame) -> go.Figure:
-    """A line for each column of `table`, ours bold; symbols tell the others apart without colour."""
-    figure, symbols = go.Figure(), itertools.cycle(SYMBOLS)
-    for method, colour in zip(table, itertools.cycle(PALETTE), strict=False):
-        ours = method in OURS
+    """A line for each column of `table`, ours bold, references grey; symbols tell the others apart without colour."""
+    figure, symbols, colours = go.Figure(), itertools.cycle(SYMBOLS), itertools.cycle(PALETTE)
+    for method in table:
+        ours, reference = method in OURS, method in REFERENCES
         figure.add_scatter(
-            x=table.index, y=table[method], mode="lines+markers", name=method,
-            marker={"symbol": "diamond" if ours else next(symbols), "size": 10},
-            line={"width": 4 if ours else 2, "dash": "solid" if ours else "dot", "color": colour},
+            x=table.index, y=table[method], mode="lines+markers",
+            name="retain (never taught)" if method == "retain" else method,
+            marker={"symbol": "diamond" if ours else "star" if reference else next(symbols), "size": 10},
+            line={"width": 4 if ours else 2, "dash": "solid" if ours else "dash" if reference else "dot",
+                  "color": GREY if reference else next(colours)},
         )  # fmt: skip
     return plain_look(figure)
 

@@ -223,7 +223,7 @@ class Bench:
 
     def configs(self, method: str, seed: int, values: dict) -> tuple[UnlearnConfig, TrainConfig]:
         """`configs` for this set: FULL_PASSES at least, and as many retain samples, where all of it is measured."""
-        asking, train = configs(method, values, seed=seed)
+        asking, train = configs(method, values, seed, self.made.of_texts)
         if self.config.limit is None and self.made.learned and "max_steps" not in values:
             steps = math.ceil(FULL_PASSES * len(self.made.trained_on) / train.batch_size)
             train = replace(train, max_steps=max(train.max_steps, steps))
@@ -298,7 +298,7 @@ class Bench:
         self.results = put(self.how.path, entry, stale)
 
 
-def configs(method: str, values: dict, seed: int = 0) -> tuple[UnlearnConfig, TrainConfig]:
+def configs(method: str, values: dict, seed: int = 0, of_texts: bool = False) -> tuple[UnlearnConfig, TrainConfig]:
     """What an item runs with: the method's defaults with `values` of UnlearnConfig and TrainConfig in their place.
 
     Raises:
@@ -308,7 +308,8 @@ def configs(method: str, values: dict, seed: int = 0) -> tuple[UnlearnConfig, Tr
     own = {f.name for f in fields(UnlearnConfig)}
     asking = UnlearnConfig(method=method, **{k: v for k, v in values.items() if k in own})
     check_config(asking)
-    return asking, train_config(method, seed=seed, **{k: v for k, v in values.items() if k not in own})
+    values = {k: v for k, v in values.items() if k not in own}
+    return asking, train_config(method, of_texts, seed=seed, **values)
 
 
 def grid(config: GridConfig, methods: list[str], seeds: list[int], how: How) -> dict:

@@ -178,7 +178,7 @@ def unlearn_job(model, forget, upload, keep, method, steps, rank, experts, limit
                 run = unlearn(
                     model, made,
                     UnlearnConfig(method=method, n_experts=int(experts) or None, r=int(rank), limit=int(limit)),
-                    train_config(method, max_steps=int(steps) or None, seed=int(seed or 0)),
+                    train_config(method, made.of_texts, max_steps=int(steps) or None, seed=int(seed or 0)),
                     folder=RUNS, should_stop=stop.is_set,
                     on_step=lambda e, n: updates.put(("step", e, n)),
                     on_stage=lambda w, s: updates.put(("stage", w, s)),

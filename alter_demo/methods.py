@@ -171,6 +171,7 @@ class Method:
     alter: dict = field(default_factory=dict)  # AlterConfig values
     threshold: float | str = "auto"
     guided: bool = True  # False: no entropy, no isolation; all experts learn everywhere
+    texts: dict = field(default_factory=dict)  # TrainConfig values where plain texts are unlearned
     instead: str = ""  # what is said instead: "refusals", "paired" (to the same question), "novice" (ELM)
 
     def looks(self, config) -> bool:
@@ -222,6 +223,8 @@ METHODS: dict[str, Method] = {
     "alter_selective": Method(
         {"forget": entropy_guided, "refusal": said_as_it_goes, "retain": keep, "structure": structure}, "alter",
         "this project", {"refusal": 3.0, "lr_b": 2e-3}, {"gate": "two_level"}, instead="refusals",
+        # a text is gone long before the answers to questions about it, and B_r has more to put right by then
+        texts={"max_steps": 240, "stop_ratio": 1e-12, "gamma": 4.0},
     ),
 }  # fmt: skip
 

@@ -233,11 +233,12 @@ def unlearn(
         UserError: anything that a person can put right; then nothing is written.
     """
     config = config or UnlearnConfig()
-    method, train = get_method(config.method), train or train_config(config.method)
+    method = get_method(config.method)
     stage = on_stage or (lambda what, share: None)
     target = run_folder(folder, name, model, forget_set) if folder is not None else None
     check_config(config)
     made = load_forget_set(forget_set) if isinstance(forget_set, str) else forget_set
+    train = train or train_config(config.method, made.of_texts)
     check_method(config.method, made, load_in_4bit)
     if isinstance(model, str):
         stage("loading the model", 0.0)

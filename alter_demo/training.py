@@ -76,9 +76,12 @@ class TrainConfig:
             raise UserError(f"stop_ratio is a share between 0 and 1, and {self.stop_ratio} is not.")
 
 
-def train_config(method: str, **values) -> TrainConfig:
-    """A method's defaults, with `values` that are not None in their place. Raises UserError for an unknown method."""
-    return TrainConfig(**get_method(method).train | {k: v for k, v in values.items() if v is not None})
+def train_config(method: str, of_texts: bool = False, **values) -> TrainConfig:
+    """A method's defaults (`of_texts`: for a set of plain texts, see `ForgetSet.of_texts`), with `values` that are not
+    None in their place. Raises UserError for an unknown method."""
+    own = get_method(method)
+    defaults = own.train | (own.texts if of_texts else {})
+    return TrainConfig(**defaults | {k: v for k, v in values.items() if v is not None})
 
 
 # ------------------------------------------------------------------------------------------------------ phase I

@@ -102,9 +102,13 @@ def test_the_report_shows_every_attack(runs_of):
         "config": asked | {"overrides": {"attack": {"items": 4}}}, "leaks": attacks.leaks(found),
     }  # fmt: skip
     results = {"runs": [entry, entry | {"method": "npo", "seed": 1}]}
+    tried = entry["config"] | {"overrides": {"attack": {"items": 4}, "r": 32}}  # stands beside, in no table
+    results["runs"].append(entry | {"config": tried, "metrics": {}, "leaks": entry["leaks"] * 9})
     table = tables.attacked(results)
     assert table.loc["alter_selective"].notna().all() and table.shape == (2, len(tables.ATTACKS) + 1)
-    assert report.table_of(results).count("\n") == 5 and not report.is_tuning(results)
+    shown = report.table_of(results)
+    assert shown.count("\n") == 5 and not report.is_tuning(results)
+    assert f"{2 * len(entry['leaks'])} leaks" in shown
     assert [list(line.x) for line in figures.relearning(results).data] == [[0, 10], [0, 10]]
     (command,) = report.commands_of(results, "a")
     assert command.endswith("--methods alter_selective npo --seeds 0 1 --items 4 --results assets/results/a.json")

@@ -1,6 +1,8 @@
 """Multiple choice through lm-eval, on a tiny model and without the hub."""
 
 import json
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from alter_demo import data, load_model, report, wmdp
 from alter_demo.adapter import AlterConfig
 from alter_demo.cli import main
 from alter_demo.errors import UserError
-from alter_demo.grid import GridConfig, How
+from alter_demo.grid import Bench, GridConfig, How, grid_config
+from alter_demo.methods import METHODS
+from alter_demo.training import train_config
 
 FEW = {"max_steps": 2, "batch_size": 2, "probe_every": 1}
 
@@ -57,6 +61,20 @@ def test_lm_eval_scores_as_by_hand(taught, adapter):
             right += ranked.index(max(ranked)) == d["answer"]
         found = wmdp.accuracy(lm, lm.model, wmdp.load_tasks(("school_biology",), blind))
         assert found == {"school_biology": right / len(docs)}
+
+
+def test_texts_are_trained_on_longer_than_questions(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("alter_demo.runs.unlearn", lambda *a, **k: asked.append(a[3]) or sys.exit(0))
+    for forget in ("school", "imaginary-authors"):
+        bench = Bench(grid_config("full", forget=forget), [], How(tmp_path / "r.json"), untaught=True)
+        with pytest.raises(SystemExit):
+            main(["unlearn", "--forget", forget, "--runs", str(tmp_path)])
+        assert bench.configs("alter_selective", 0, {})[1] == asked[-1]
+        assert bench.configs("alter_selective", 0, {"gamma": 2.0})[1].gamma == 2.0
+    texts, questions = asked
+    assert replace(questions, **METHODS["alter_selective"].texts) == texts != questions
+    assert train_config("npo", of_texts=True) == train_config("npo")
 
 
 def test_before_and_after_through_the_command_line(tiny, cache, tmp_path, monkeypatch, capsys):
