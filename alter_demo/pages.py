@@ -186,7 +186,12 @@ def unlearn_tab():
             )  # fmt: skip
             with gr.Accordion("More settings", open=False):
                 steps = gr.Slider(
-                    0, 200, 0, step=1, label="Steps at most", info="0: the method's own (ALTER 120, most rivals 60)"
+                    0,
+                    400,
+                    0,
+                    step=1,
+                    label="Steps at most",
+                    info="0: the method's own (ALTER 120, of plain texts 240, most rivals 60)",
                 )
                 limit = gr.Slider(4, 100, 24, step=1, label="Questions per group to measure with")
                 rank = gr.Slider(1, 32, 8, step=1, label="Rank", info="of A and of every B")

@@ -94,10 +94,15 @@ def shortfalls(metrics: dict) -> list[str]:
             "what is to stay is too like what is to go. Method alter acts everywhere, on all else too."
         )
     if metrics["stopped"] == "all steps done":
-        drawn = metrics["steps"] * metrics["config"]["train"]["batch_size"]
+        train = metrics["config"]["train"]
+        drawn = metrics["steps"] * train["batch_size"]
         samples = metrics["phase_one"].get("samples", {}).get("forget", 0)
-        seen = f" {drawn} of the {samples} forget samples were seen." if drawn < samples else ""
-        found.append(f"All steps were done before the forget probe reached its target: allow more of them.{seen}")
+        told = []
+        if train["stop_ratio"] > 1e-6:  # plain texts go on however little is left
+            told.append("All steps were done before the forget probe reached its target: allow more of them.")
+        if drawn < samples:
+            told.append(f"{drawn} of the {samples} forget samples were seen.")
+        found += [" ".join(told)] if told else []
     if not metrics.get("held_out", True) and "forget_held_out" in metrics["after"]:
         found.append(
             "Forget held out is asked what was trained on, since the data have no paraphrased_question: it says "

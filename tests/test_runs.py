@@ -118,11 +118,13 @@ def test_what_a_run_falls_short_of_is_told(tiny, made, capsys):
     run.metrics["held_out"] = True
     assert shortfalls(run.metrics) == []
     run.metrics["phase_one"]["router"]["forget_open_at_answer"] = 0.25
-    run.metrics["stopped"] = "all steps done"
+    run.metrics["stopped"], run.metrics["config"]["train"]["stop_ratio"] = "all steps done", 0.001
     gate, steps = shortfalls(run.metrics)
     assert "opens on 25% of held-out forget samples only" in gate and "allow more" in steps and "12 of" not in steps
     run.metrics["phase_one"]["samples"]["forget"] = 20
     assert "12 of the 20 forget samples were seen" in shortfalls(run.metrics)[1]
+    run.metrics["config"]["train"]["stop_ratio"] = 1e-12  # as on plain texts
+    assert shortfalls(run.metrics)[1] == "12 of the 20 forget samples were seen."
     published = unlearn(str(tiny), made, UnlearnConfig("alter"), quick("alter"), folder=None)
     published.metrics["phase_one"]["router"]["forget_open_at_answer"] = 0.25  # it acts everywhere
     assert not any("gate" in told for told in shortfalls(published.metrics))
