@@ -308,6 +308,8 @@ def attack_grid(config, methods: list[str], seeds: list[int], how, attacks: Atta
 
     attacks = attacks or AttackConfig()
     bench = Bench(config, methods, how)
+    if len(how.settings) > 1:
+        raise UserError("Attacks are run with one value of each setting.")
     values = how.settings[0]
     overrides = {"attack": asdict(attacks) | {"steps": list(attacks.steps)}} | values
     missing = [(m, s) for s in seeds for m in methods if not bench.done(m, s, overrides)]

@@ -161,6 +161,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--methods", nargs="+", default=ATTACKED, help="some of methods.METHODS")
     sub.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="random seeds")
     sub.add_argument("--items", type=int, default=24, help="forget questions asked")
+    sub.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings to try")
     sub.add_argument("--results", type=Path, default=Path("assets/results/attacks.json"), help="results file")
 
     sub = command("wmdp", do_wmdp, "Multiple choice before and after forgetting: WMDP and MMLU, or school subjects.")
@@ -365,8 +366,16 @@ def do_tofu(args) -> None:
         m = run["metrics"]
         cells = [f"{m[k]:.3g}" if k in m else "" for k in ("forget_quality", "model_utility", "extraction_strength")]
         cost = run.get("steps", ""), run.get("seconds", {}).get("unlearn", ""), run.get("peak_memory_mb", "")
-        table.add_row(run["method"], str(run["seed"]), *cells, *map(str, cost))
+        table.add_row(named(run), str(run["seed"]), *cells, *map(str, cost))
     console().print(table)
+
+
+def named(run: dict) -> str:
+    """The method of a results file's run, with what was tried on it."""
+    from .grid import MARKS
+
+    tried = {k: v for k, v in (run["config"].get("overrides") or {}).items() if k not in MARKS}
+    return " ".join([run["method"], *(f"{k}={v}" for k, v in tried.items())])
 
 
 def grid_of(args):
@@ -401,12 +410,13 @@ def do_attack(args) -> None:
         raise UserError("The attacks need at least 2 questions.")
     config = grid_of(args)
     with Bars() as bars:
-        results = attack_grid(config, args.methods, args.seeds, how_of(args, bars), AttackConfig(items=args.items))
+        how = how_of(args, bars, settings(args.set))
+        results = attack_grid(config, args.methods, args.seeds, how, AttackConfig(items=args.items))
     shown = ("before", "asked", "paraphrased", "prefix_forced", "neutral_text", "int4", "relearn_forget_10")
     table = new_table("method", "seed", *(f"{k}, ROUGE-L" for k in shown), "leaks")
     for run in results["runs"]:
         cells = [f"{run['metrics'].get(f'{k}_ROUGE', float('nan')):.3f}" for k in shown]
-        table.add_row(run["method"], str(run["seed"]), *cells, str(len(run.get("leaks", ()))))
+        table.add_row(named(run), str(run["seed"]), *cells, str(len(run.get("leaks", ()))))
     console().print(table)
 
 

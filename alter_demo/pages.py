@@ -191,7 +191,7 @@ def unlearn_tab():
                     0,
                     step=1,
                     label="Steps at most",
-                    info="0: the method's own (ALTER 120, of plain texts 240, most rivals 60)",
+                    info="0: the method's own (ALTER 120, alter_selective on plain texts 240, most rivals 60)",
                 )
                 limit = gr.Slider(4, 100, 24, step=1, label="Questions per group to measure with")
                 rank = gr.Slider(1, 32, 8, step=1, label="Rank", info="of A and of every B")

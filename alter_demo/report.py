@@ -101,8 +101,11 @@ def choice_commands(results: dict) -> list[str]:
 
 
 def grid_commands(results: dict) -> list[str]:
-    """One command for each set of values that were tried, with the methods that they were tried on."""
+    """The command of the methods' own settings; where there are tries alone, one for each set of values, with the
+    methods that they were tried on."""
     forget = results["runs"][0]["config"]["forget"]
+    plain = [r for r in rivals(results) if not {*(r["config"].get("overrides") or {})} - {"rounds", "share"}]
+    results = {"runs": plain or results["runs"]}
     tried: dict[tuple, dict[str, list]] = {}  # (method, names of its settings) -> setting -> values
     names: dict[str, dict] = {}
     for run in rivals(results):

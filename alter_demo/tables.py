@@ -321,8 +321,9 @@ def missing(row) -> str:
 
 
 def attack_runs(results: dict) -> list[dict]:
-    """Those with the methods' own settings; what was tried stands beside them."""
-    return [run for run in results["runs"] if {*(run["config"].get("overrides") or {})} == {"attack"}]
+    """Those with the methods' own settings, what was tried stands beside them; all where there are tries alone."""
+    runs = [run for run in results["runs"] if "attack" in (run["config"].get("overrides") or {})]
+    return [run for run in runs if {*run["config"]["overrides"]} == {"attack"}] or runs
 
 
 def of_shared_seeds(runs: list[dict]) -> list[dict]:

@@ -364,6 +364,8 @@ def test_attacks_go_on_where_they_stopped(small, tmp_path):
     asked.clear()
     again = attacks.attack_grid(small, ["alter_selective", "npo"], [0], how, config)
     assert again == first and not asked  # nothing is run twice
+    with pytest.raises(UserError, match="one value"):
+        attacks.attack_grid(small, ["npo"], [0], How(path, {"lr": [1e-5, 1e-4]}), config)
     assert report.kind_of(first) is report.KINDS["attacks"] and report.table_of(first).count("| npo |") == 1
 
 
@@ -397,6 +399,8 @@ def test_the_printed_commands_ask_for_all_that_is_stored(file):
     for command in report.commands_of(results, file.stem):
         args = parser().parse_args(shlex.split(command)[3:])
         assert args.results == Path("assets/results") / file.name
+        own = any(not {*(r["config"].get("overrides") or {})} - grid.MARKS for r in report.rivals(results))
+        assert not (own and getattr(args, "set", []))  # what was tried enters no table
         if "size" in args:
             (asked,) = {json.dumps({k: r["config"][k] for k in tables.ASKED[:-2]}) for r in results["runs"]}
             assert json.dumps({k: getattr(grid_of(args), k) for k in tables.ASKED[:-2]}) == asked
