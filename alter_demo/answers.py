@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -46,8 +46,14 @@ def sampled(lm: LM, prompts: list[str], n: int, max_new_tokens: int = 64, model=
     """n answers to each prompt drawn at temperature 1 from the whole vocabulary."""
     torch.manual_seed(seed)
     inputs = [render_prompt(lm.tokenizer, p) for p in prompts]
-    drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": n}
+    drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "num_return_sequences": n}
     return generated(lm, inputs, model, max_new_tokens=max_new_tokens, **drawn)
+
+
+def plain_generation(lm: LM, **how) -> GenerationConfig:
+    """`how` without what a model brings along as its defaults, such as a penalty for repeating itself."""
+    plain = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    return GenerationConfig(pad_token_id=lm.tokenizer.pad_token_id, eos_token_id=eos_ids(lm), **plain | how)
 
 
 @torch.no_grad()
@@ -55,7 +61,7 @@ def generated(lm: LM, inputs: list[list[int]], model=None, tick=None, **how) -> 
     """What follows each row of token ids: one text, or `num_return_sequences`; `how` are GenerationConfig's values."""
     model, copies = model or lm.model, how.get("num_return_sequences", 1)
     samples = [Sample(ids, 0) for ids in inputs]
-    config = GenerationConfig(pad_token_id=lm.tokenizer.pad_token_id, eos_token_id=eos_ids(lm), **how)
+    config = plain_generation(lm, **how)
     answers, done = [[] for _ in inputs], 0
     lengths = [(len(s.ids) + how["max_new_tokens"]) * copies for s in samples]
     for batch in length_batches(lengths, BATCH_TOKENS):
@@ -264,6 +270,13 @@ def record(lm: LM, path: Path | None = None, tick=None) -> Path:
     return path
 
 
+def long_enough(made: ForgetSet, tokenizer) -> dict[str, list[Item]]:
+    """The parts of a set without texts of a single token, of which nothing can be predicted."""
+    parts = {f.name: getattr(made, f.name) for f in fields(ForgetSet)}
+    items = {k: v for k, v in parts.items() if isinstance(v, list)}
+    return {k: [i for i in v if i.question or render(tokenizer, i)] for k, v in items.items()}
+
+
 def adapt(made: ForgetSet, lm: LM, general: int = 160, tick=None) -> ForgetSet:
     """Fit a forget set to a model: keep only what it knows, and take its own words as retain targets.
 
@@ -272,7 +285,10 @@ def adapt(made: ForgetSet, lm: LM, general: int = 160, tick=None) -> ForgetSet:
     Raises:
         UserError: the model knows fewer than four of the facts.
     """
+    made = replace(made, **long_enough(made, lm.tokenizer))
     made = replace(made, general=made.general[:general])
+    if not made.trained_on:
+        raise UserError(f"{made.name} has no text of two tokens or more, so there is nothing to forget.")
     prompts = [i.question for i in [*made.general, *made.general_held_out]]
     if made.known:
         prompts += [i.question for i in [*made.forget, *made.forget_held_out, *made.retain]]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from transformers import TrainerCallback
+from transformers.pytorch_utils import Conv1D
 
 from .answers import greedy, is_right, log_probs, sampled
 from .data import ForgetSet, Item, render
@@ -132,19 +133,25 @@ def rounded(model, bits: int, group: int = GROUP):
     does (symmetric, one scale for `group` weights of a row); adapter, embeddings and LM head stay.
 
     Runs on any device. It is coarser than NF4, which places its 16 values by the normal distribution.
+
+    Raises:
+        UserError: bits out of range, weights that are rounded already.
     """
     if not 2 <= bits <= 8:
         raise UserError(f"Weights are rounded to 2 to 8 bits, not {bits}.")
     head = model.get_output_embeddings()
     kept = []
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and module is not head and "lora_" not in name:
-            kept.append((module.weight, module.weight.data))
-            module.weight.data = round_trip(module.weight.data, bits, group)
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head and "lora_" not in name:
+            kept.append((module.weight, module.weight.data, isinstance(module, Conv1D)))
+    if not all(data.is_floating_point() for _, data, _ in kept):
+        raise UserError("This model's weights are rounded already: load it without --load-in-4bit.")
+    for weight, data, turned in kept:  # Conv1D, GPT-2's, has its weights transposed
+        weight.data = round_trip(data.T, bits, group).T if turned else round_trip(data, bits, group)
     try:
         yield model
     finally:
-        for weight, data in kept:
+        for weight, data, _ in kept:
             weight.data = data
 
 
@@ -311,9 +318,10 @@ def attack_grid(config, methods: list[str], seeds: list[int], how, attacks: Atta
     if len(how.settings) > 1:
         raise UserError("Attacks are run with one value of each setting.")
     values = how.settings[0]
-    overrides = {"attack": asdict(attacks) | {"steps": list(attacks.steps)}} | values
+    plain = {"attack": asdict(attacks) | {"steps": list(attacks.steps)}}
+    overrides = plain | values
     missing = [(m, s) for s in seeds for m in methods if not bench.done(m, s, overrides)]
-    never_taught = bench.made.learned and not bench.done("retain", 0, overrides)
+    never_taught = bench.made.learned and not bench.done("retain", 0, plain)
     if missing or never_taught:
         bench.prepare()
     if never_taught:
@@ -321,7 +329,7 @@ def attack_grid(config, methods: list[str], seeds: list[int], how, attacks: Atta
         how.on_stage("the retain-only model", 0.0)
         found = attack(Run(lm, lm.model, {}), made, attacks, how.on_stage)
         del found["before"]  # it has no before
-        bench.add("retain", 0, flat(found), overrides, leaks=leaks(found))
+        bench.add("retain", 0, flat(found), plain, leaks=leaks(found))
         del lm
     for number, (method, seed) in enumerate(missing, 1):
         name = f"{number} of {len(missing)}: {method}, seed {seed}"

@@ -249,12 +249,14 @@ def do_unlearn(args) -> None:
         q=args.q,
         limit=args.limit or None,
     )
-    run_folder(args.runs, args.name, args.model, args.forget)  # cheap errors first
+    values = {
+        "max_steps": args.steps, "batch_size": args.batch_size, "seed": args.seed, "lr": args.lr,
+        "stop_ratio": args.stop_ratio, "gradient_checkpointing": args.gradient_checkpointing,
+    }  # fmt: skip
+    train_config(args.method, **values)  # cheap errors first
+    run_folder(args.runs, args.name, args.model, args.forget)
     made = load_forget_set(args.forget, args.retain).smaller(args.retain_items)
-    train = train_config(
-        args.method, made.of_texts, max_steps=args.steps, batch_size=args.batch_size, seed=args.seed, lr=args.lr,
-        stop_ratio=args.stop_ratio, gradient_checkpointing=args.gradient_checkpointing,
-    )  # fmt: skip
+    train = train_config(args.method, made.of_texts, **values)
     stop = Stop()
     with Bars() as bars:
         run = unlearn(
@@ -347,6 +349,7 @@ def do_learn(args) -> None:
 def do_tofu(args) -> None:
     from .grid import grid, sequential
     from .methods import METHODS
+    from .tables import named
 
     methods = list(METHODS) if args.methods == ["all"] else args.methods
     names = {"tofu-forget01": "tofu", "harry-potter": "harry-potter-methods"}  # harry-potter: the run of `example`
@@ -368,14 +371,6 @@ def do_tofu(args) -> None:
         cost = run.get("steps", ""), run.get("seconds", {}).get("unlearn", ""), run.get("peak_memory_mb", "")
         table.add_row(named(run), str(run["seed"]), *cells, *map(str, cost))
     console().print(table)
-
-
-def named(run: dict) -> str:
-    """The method of a results file's run, with what was tried on it."""
-    from .grid import MARKS
-
-    tried = {k: v for k, v in (run["config"].get("overrides") or {}).items() if k not in MARKS}
-    return " ".join([run["method"], *(f"{k}={v}" for k, v in tried.items())])
 
 
 def grid_of(args):
@@ -413,6 +408,8 @@ def do_attack(args) -> None:
         how = how_of(args, bars, settings(args.set))
         results = attack_grid(config, args.methods, args.seeds, how, AttackConfig(items=args.items))
     shown = ("before", "asked", "paraphrased", "prefix_forced", "neutral_text", "int4", "relearn_forget_10")
+    from .tables import named
+
     table = new_table("method", "seed", *(f"{k}, ROUGE-L" for k in shown), "leaks")
     for run in results["runs"]:
         cells = [f"{run['metrics'].get(f'{k}_ROUGE', float('nan')):.3f}" for k in shown]

@@ -60,7 +60,8 @@ def evaluate(lm, model, groups: dict[str, list[Item]], tokens: int = 64, stage=N
     stage = stage or (lambda what, share: None)
     log = {}
     for group, items in groups.items():
-        if not items or not items[0].question:
+        items = [i for i in items if i.question]
+        if not items:
             continue
         stage(f"measuring {group}", 0.0)
         questions, answers = [i.question for i in items], [i.answer for i in items]

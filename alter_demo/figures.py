@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from .charts import COLOURS, WAYS, cloud
 from .errors import UserError
 from .results import REFERENCES
-from .tables import FALLING, OURS, attack_runs, forgetting, medians, of_shared_seeds, pareto, rounds
+from .tables import FALLING, OURS, attack_runs, forgetting, medians, named, of_shared_seeds, pareto, rounds
 
 COST_BASES = ("asym_lora", "grad_diff")  # what a method's seconds and memory are set beside
 SYMBOLS = ("circle", "square", "triangle-up", "triangle-down", "cross", "pentagon", "hexagon", "circle-open",
@@ -92,7 +92,7 @@ def relearning(results: dict, source: str = "forget") -> go.Figure:
     """ROUGE-L on the forget questions over the steps of relearning, a line a method, medians over the seeds."""
     key = re.compile(rf"relearn_{source}_(\d+)_ROUGE")
     rows = [
-        {"method": r["method"], "step": int(m[1]), "value": v}
+        {"method": named(r), "step": int(m[1]), "value": v}
         for r in of_shared_seeds(attack_runs(results)) for k, v in r["metrics"].items() if (m := key.fullmatch(k))
     ]  # fmt: skip
     if not rows:

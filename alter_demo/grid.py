@@ -18,13 +18,13 @@ from pathlib import Path
 from . import evaluate as evaluation
 from . import metrics
 from .adapter import MAX_EXPERTS
-from .answers import adapt, is_right, own_answers, own_file, stamp
-from .data import ForgetSet, adapters, load_forget_set
+from .answers import OWN_TOKENS, adapt, greedy, is_right, own_answers, own_file, stamp
+from .data import MAX_TOKENS, ForgetSet, adapters, load_forget_set
 from .entropy import PUBLISHED_THRESHOLD
 from .errors import Diverged, UserError
 from .methods import METHODS
 from .models import MODELS, cache_dir, load_model
-from .results import SIZES, TAUGHT, put, read_results
+from .results import MARKS, SIZES, TAUGHT, put, read_results
 from .runs import LAYERS, UnlearnConfig, check_config, check_method, next_round, split_probe, unlearn
 from .teaching import LearnConfig, learn
 from .training import TrainConfig, train_config
@@ -33,6 +33,7 @@ TOFU_GROUPS = ("forget", "retain", "real_authors", "world_facts", "holdout")
 OTHER_GROUPS = ("forget", "retain", "general", "holdout")  # without TOFU's real authors and world facts
 KNOWN_GROUPS = ("forget", "forget_held_out", "neighbours", "general")  # of what is known from pre-training
 USUAL_DTYPES = ("auto", "float32")
+WINDOW = 4 * MAX_TOKENS  # characters of a text that make a sample, about
 FULL_PASSES = 5  # over a taught set where all of it is measured, as in TOFU: the methods' own steps are for a small one
 
 
@@ -62,9 +63,6 @@ VARIANTS: dict[str, dict] = {
     **{f"rank {r}": {"r": r} for r in (2, 4, 16, 32)},
     **{name.replace("_", " ") + " only": {"layers": name} for name in LAYERS if name != "all"},
 }
-
-
-MARKS = {"variant", "rounds", "attack", "share"}  # overrides that say what was done, and are no settings
 
 
 def grid_config(size: str, **values) -> GridConfig:
@@ -186,7 +184,7 @@ class Bench:
         groups = split_probe(adapt(self.made, lm))[1].limited(config.limit, config.kept).evaluation()
         groups = {name: groups[name] for name in self.groups}
         self.hardware = lm.hardware
-        self.ignorance = ignorance(self.made, lm) if self.made.known else None
+        self.ignorance = ignorance(self.made, lm, config.tokens) if self.made.known else None
         del lm
         self.logs = {which: self.measured(which, groups) for which in self.folders}
 
@@ -222,10 +220,15 @@ class Bench:
         return json.dumps([method, seed, asdict(self.config), overrides, *([loaded] if loaded else [])], sort_keys=True)
 
     def configs(self, method: str, seed: int, values: dict) -> tuple[UnlearnConfig, TrainConfig]:
-        """`configs` for this set: FULL_PASSES at least, and as many retain samples, where all of it is measured."""
+        """`configs` for this set: FULL_PASSES at least, and as many retain samples, where all of it is measured. A
+        share of plain texts takes its share of their steps."""
         asking, train = configs(method, values, seed, self.made.of_texts)
+        share = values.get("share", 1)
+        if self.made.of_texts and "max_steps" not in values:
+            train = replace(train, max_steps=math.ceil(share * train.max_steps))
         if self.config.limit is None and self.made.learned and "max_steps" not in values:
-            steps = math.ceil(FULL_PASSES * len(self.made.trained_on) / train.batch_size)
+            windows = sum(max(1, math.ceil(len(i.answer) / WINDOW)) for i in self.made.trained_on)
+            steps = math.ceil(FULL_PASSES * share * windows / train.batch_size)
             train = replace(train, max_steps=max(train.max_steps, steps))
             asking = replace(asking, retain=max(asking.retain, train.max_steps * train.batch_size))
         return asking, train
@@ -329,12 +332,13 @@ def grid(config: GridConfig, methods: list[str], seeds: list[int], how: How) -> 
         name = f"{number} of {len(missing)}: {method}, seed {seed}{shown and ', '}{shown}"
         try:
             run = bench.unlearn(bench.reference("target"), bench.made, method, seed, values, name, seen=bench.seen)
+            if run is None:
+                break
+            found = bench.figures(run.logs["after"]) | to_base(run)
         except Diverged:
             bench.add(method, seed, {}, values, stopped="diverged")
             continue
-        if run is None:
-            break
-        bench.add(method, seed, bench.figures(run.logs["after"]) | to_base(run), values, run)
+        bench.add(method, seed, found, values, run)
         del run
     return bench.results
 
@@ -354,6 +358,8 @@ def sequential(config: GridConfig, methods: list[str], seeds: list[int], rounds:
         raise UserError(f"{made.name} is forgotten whole: rounds need a set that was taught (imaginary-authors, TOFU).")
     overrides = {"rounds": rounds} | values
     whole = made.trained_on
+    if 0 < (values.get("n_experts") or 0) < min(rounds, MAX_EXPERTS):
+        raise UserError(f"Each round has an expert of its own: n_experts must be {min(rounds, MAX_EXPERTS)} or more.")
     if not 2 <= rounds <= len(whole):
         raise UserError(f"There can be 2 to {len(whole)} rounds, and {rounds} is not among them.")
     bench.prepare()
@@ -377,13 +383,14 @@ def sequential(config: GridConfig, methods: list[str], seeds: list[int], rounds:
             seen = bench.seen if METHODS[method].trains == "alter" else None
             try:
                 run = bench.unlearn(lm, now, method, seed, values, f"{name} of {rounds}, seed {seed}", experts, seen)
+                found = run and bench.figures(run.logs["after"])
             except Diverged:  # no round comes after it
                 for lost in names[names.index(name) :]:
                     bench.add(lost, seed, {}, overrides, stopped="diverged")
                 break
             if run is None:
                 return bench.results
-            bench.add(name, seed, bench.figures(run.logs["after"]), overrides, run, stale)
+            bench.add(name, seed, found, overrides, run, stale)
             stale = ()  # all gone with the first round
             lm, experts = next_round(run)
             del run
@@ -409,9 +416,13 @@ def similarity(said, right) -> dict[str, float]:
     return {"bleu": metrics.bleu(said, right), "rouge_l": sum(scores) / len(scores)}
 
 
-def ignorance(made: ForgetSet, lm) -> dict[str, float] | None:
+def ignorance(made: ForgetSet, lm, tokens: int) -> dict[str, float] | None:
     """How like the right ones the model's own answers are where it does not know them. ASG measures the distance to
     it, since there is no model that never read the books; None where the model knows everything that is asked."""
     own = own_answers(lm, [i.question for i in made.forget])
     unknown = [i for i in made.forget if not is_right(own[i.question], i)]
-    return similarity([own[i.question] for i in unknown], [i.answer for i in unknown]) if unknown else None
+    if not unknown:
+        return None
+    questions = [i.question for i in unknown]
+    said = [own[q] for q in questions] if tokens == OWN_TOKENS else greedy(lm, questions, tokens)  # as long as a run's
+    return similarity(said, [i.answer for i in unknown])

@@ -9,6 +9,7 @@ import difflib
 import json
 import os
 import queue
+import re
 import shutil
 import tempfile
 import threading
@@ -34,9 +35,10 @@ from .results import shortfalls
 
 RUNS = Path("runs")
 JOB = threading.Lock()  # held while a model trains or answers
+CHANGE = threading.Lock()  # held while OWNER and INTERRUPT change together
 STOP: dict[str, threading.Event] = {}  # session -> asked to stop and keep
 OWNER: list[str] = []  # session whose job is running
-LOADED: dict[str, object] = {}  # runs in memory by path, two at most
+LOADED: dict[tuple[str, int], object] = {}  # runs in memory, two at most
 GPU_SECONDS = 120  # that a job may hold a lent GPU
 TICK = 0.5  # seconds between two updates of the page
 LOSS_COLUMNS = ["step", "value", "part"]
@@ -56,18 +58,21 @@ def job(request: gr.Request | None):
     """Holds the machine. The session may leave meanwhile: `forget_session`."""
     session = getattr(request, "session_hash", None) or ""
     with JOB:
-        INTERRUPT.clear()
-        OWNER[:] = [session]
+        with CHANGE:
+            INTERRUPT.clear()
+            OWNER[:] = [session]
         try:
             yield
         finally:
-            OWNER.clear()
-            INTERRUPT.clear()
+            with CHANGE:
+                OWNER.clear()
+                INTERRUPT.clear()
 
 
 def plain(text: str) -> str:
-    """Text for a Markdown component, without any markup taking effect."""
-    return "".join(f"&#{ord(c)};" if not (c.isalnum() or c in " .,:;()'/") else c for c in text)
+    """Text for a Markdown component, without any markup taking effect, nor a link or a list being made of it."""
+    escaped = "".join(f"&#{ord(c)};" if not (c.isalnum() or c in " .,:;()'/") else c for c in text)
+    return re.sub(r"(?<=\w)[.:](?=[\w/])|(?<=\d)\.|(?<=\d)\)", lambda m: f"&#{ord(m[0])};", escaped)
 
 
 def sentence(error: Exception) -> str:
@@ -93,8 +98,9 @@ def forget_session(request: gr.Request) -> None:
     """The tab was closed."""
     if event := STOP.pop(request.session_hash, None):
         event.set()
-    if request.session_hash in OWNER:
-        INTERRUPT.set()
+    with CHANGE:
+        if request.session_hash in OWNER:
+            INTERRUPT.set()
 
 
 # ------------------------------------------------------------------------------------------------------- the runs
@@ -102,7 +108,7 @@ def forget_session(request: gr.Request) -> None:
 
 def run_names() -> list[str]:
     """Runs in the folder, newest first."""
-    found = sorted(RUNS.glob("*/metrics.json"), key=lambda p: -p.stat().st_mtime)
+    found = sorted(RUNS.glob("[!.]*/metrics.json"), key=lambda p: -p.stat().st_mtime)
     return [p.parent.name for p in found]
 
 
@@ -111,7 +117,7 @@ def run_metrics(name: str) -> dict:
     path = run_path(name) / "metrics.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise UserError(f"{path} is missing or damaged: make the run again.") from None
 
 
@@ -126,13 +132,19 @@ def run_path(name: str | None) -> Path:
 def get_run(name: str | None):
     """The run of that name, from memory or from the run folder only."""
     path = run_path(name)
-    if str(path) not in LOADED:
+    if (key := in_memory(path)) not in LOADED:
         from .runs import load_run
 
         while len(LOADED) > 1:
             LOADED.pop(next(iter(LOADED)))
-        LOADED[str(path)] = load_run(path)
-    return LOADED[str(path)]
+        LOADED[key] = load_run(path)
+    return LOADED[key]
+
+
+def in_memory(path: Path) -> tuple[str, int]:
+    """What stands for a run in LOADED; another one of the same name is another (config.json is written once)."""
+    config = path / "config.json"
+    return str(path), config.stat().st_mtime_ns if config.is_file() else 0
 
 
 def expected_time() -> str:
@@ -142,7 +154,7 @@ def expected_time() -> str:
     took = "{unlearn:.0f} s, and {evaluate:.0f} s of measuring".format
     last = ""
     for name in run_names()[:1]:
-        with suppress(UserError, KeyError, TypeError, ValueError):  # a damaged run must not keep the page from opening
+        with suppress(Exception):  # a damaged run must not keep the page from opening
             last = f"the last run here took {took(**run_metrics(name)['seconds'])}"
     if not last and (stored := read_example()):
         last = f"Harry Potter took {took(**stored['seconds'])}, on {stored['hardware']}"
@@ -172,6 +184,8 @@ def unlearn_job(model, forget, upload, keep, method, steps, rank, experts, limit
                 from .runs import UnlearnConfig, unlearn
                 from .training import train_config
 
+                if STOP.get(request.session_hash) is not stop:
+                    raise Interrupted  # the tab was closed while another one's job ran
                 LOADED.clear()  # frees the last run's model
                 made = load_forget_set(str(upload) if upload else forget, str(keep) if keep else None)
                 result["what"] = f"{method} on {plain(made.name)}. "
@@ -184,7 +198,7 @@ def unlearn_job(model, forget, upload, keep, method, steps, rank, experts, limit
                     on_stage=lambda w, s: updates.put(("stage", w, s)),
                     on_answers=lambda step, answers: updates.put(("answers", step, answers)),
                 )  # fmt: skip
-                LOADED[str(run.path)] = run
+                LOADED[in_memory(run.path)] = run
                 result["path"], result["metrics"] = run.path, run.metrics
         except Exception as error:
             result["error"] = sentence(error)
@@ -269,7 +283,7 @@ def run_view(name: str | None):
         )
         told = " ".join([plain(about), *shortfalls(m)])
         return told, number_rows(m), answer_rows(path), gr.File(visible=False)
-    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         return sentence(error) if isinstance(error, UserError) else "This run's record is damaged.", [], [], gr.skip()
 
 

@@ -57,11 +57,13 @@ def forget_quality(ratios: Sequence[float], retain_model_ratios: Sequence[float]
     """p-value of the two-sample Kolmogorov-Smirnov test between the items' truth ratios and the retain model's.
 
     Raises:
-        UserError: fewer than two values on a side, or a value that is not a number.
+        UserError: fewer than two values on a side, or one of the retain model's that is not a number.
+        Diverged: one of the unlearned model's that is not.
     """
-    for values in (ratios, retain_model_ratios):
-        if len(values) < 2 or not np.isfinite(values).all():
-            raise UserError("Forget quality needs at least two truth ratios on each side, all of them numbers.")
+    if min(len(ratios), len(retain_model_ratios)) < 2 or not np.isfinite(retain_model_ratios).all():
+        raise UserError("Forget quality needs at least two truth ratios on each side, all of them numbers.")
+    if not np.isfinite(ratios).all():
+        raise Diverged
     return float(stats.ks_2samp(ratios, retain_model_ratios).pvalue)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from . import metrics
-from .answers import answer_scores, length_batches
+from .answers import answer_scores, length_batches, plain_generation
 from .data import ForgetSet, Item, muse_part
 from .errors import Diverged, UserError
 
@@ -37,9 +37,8 @@ def verbatim(lm, model, texts: list[Item]) -> float:
             rows.append((shown, right[:VERBATIM_TOKENS]))
     for batch in length_batches([len(shown) + VERBATIM_TOKENS for shown, _ in rows], 2048):
         padded = tokenizer.pad({"input_ids": [rows[i][0] for i in batch]}, return_tensors="pt").to(lm.device)
-        out = model.generate(
-            **padded, max_new_tokens=VERBATIM_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
-        )
+        how = plain_generation(lm, max_new_tokens=VERBATIM_TOKENS, do_sample=False)
+        out = model.generate(**padded, generation_config=how)
         for i, said in zip(batch, out[:, padded.input_ids.shape[1] :], strict=True):
             pair = tokenizer.batch_decode([said, rows[i][1]], skip_special_tokens=True)
             scores.append(metrics.rouge(*pair)[1])
@@ -110,13 +109,13 @@ def muse_grid(config, methods: list[str], seeds: list[int], how, shares: tuple[f
             bench.logs[which] = log | {"forget": rows}
         name = f"{number} of {len(missing)}: {method}, seed {seed}, {len(made.trained_on)} of {len(full.trained_on)}"
         try:
-            run = bench.unlearn(bench.reference("target"), made, method, seed, values, name, seen=bench.seen)
+            run = bench.unlearn(bench.reference("target"), made, method, seed, overrides, name, seen=bench.seen)
+            if run is None:
+                break
+            found = bench.figures(run.logs["after"]) | to_base(run) | on_texts(run.lm, run.model, texts, auc)
         except Diverged:
             bench.add(method, seed, {}, overrides, stopped="diverged")
             continue
-        if run is None:
-            break
-        found = bench.figures(run.logs["after"]) | to_base(run) | on_texts(run.lm, run.model, texts, auc)
         bench.add(method, seed, found, overrides, run, questions=len(made.forget), trained_on=len(made.trained_on))
         del run
     return bench.results

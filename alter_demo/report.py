@@ -87,8 +87,18 @@ def plainly(command: str, results: dict, more: list[str]) -> list[str]:
 
 
 def attack_commands(results: dict) -> list[str]:
-    asked = tables.attack_runs(results)[0]["config"]["overrides"]["attack"]["items"]
-    return plainly("python -m alter_demo attack", results, [*size_of(results), "--items", str(asked)])
+    """The command of the methods' own settings; where there are tries alone, one for each."""
+    tried: dict[str, list[dict]] = {}
+    for run in rivals({"runs": tables.attack_runs(results)}):
+        tried.setdefault(tables.named(run | {"method": ""}), []).append(run)
+    asked = ["--items", str(tables.attack_runs(results)[0]["config"]["overrides"]["attack"]["items"])]
+    asked += size_of(results)
+    return [
+        plainly(
+            "python -m alter_demo attack", {"runs": runs}, [*asked, *(["--set", *values.split()] if values else [])]
+        )[0]
+        for values, runs in tried.items()
+    ]
 
 
 def choice_commands(results: dict) -> list[str]:

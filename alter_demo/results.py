@@ -15,6 +15,7 @@ from .errors import UserError
 
 WIDE_OPEN = 0.8  # share of held-out forget samples that open the gate, below which a person is told
 TAUGHT = ("target", "retain")  # the model that has learned everything, and the one that never saw the forget set
+MARKS = {"variant", "rounds", "attack", "share"}  # overrides that say what was done, and are no settings
 REFERENCES = (*TAUGHT, "blind")  # rows beside which all others are put; blind: the target, without the question
 # forget set -> its multiple-choice tasks, that which is to be forgotten first
 TASKS: dict[str, tuple[str, ...]] = {

@@ -348,8 +348,8 @@ def unlearn(
         ) from None
     run.logs = logs
     run.metrics |= figures(logs) | {"measured": not wanted or "after" in logs}
-    if target is not None and logs:
-        write_record(run, target)
+    if run.path is not None and logs:
+        write_record(run, run.path)
     return run
 
 
@@ -435,8 +435,6 @@ def prepare(
     """Phase I: the frozen model's view of every sample; for ALTER also sub-domains and router."""
     rng = random.Random(train.seed)
     forget = rendered(lm, made.trained_on)
-    if not forget:
-        raise UserError(f"{made.name} has no text of two tokens or more, so there is nothing to forget.")
     keep, general = (rendered(lm, items, RETAIN_TOKENS) for items in (made.retain, made.general))
     keep = rng.sample(keep, min(len(keep), max(0, config.retain - len(general))))
     samples = [*forget, *keep, *general]
@@ -497,9 +495,9 @@ def threshold_of(at_answers: torch.Tensor, config: UnlearnConfig, method: Method
     if wanted == "auto" and not len(at_answers):
         return None
     found = resolve_threshold(wanted, at_answers, config.q, vocab)
-    if not method.guided:  # every token is fused, whatever its entropy
+    if not method.guided:  # every token is fused, but those that are certain to the last bit
         return 1e-12
-    return found if config.entropy_mask else entropy_range(2**31, config.q) * 0.999  # which no token reaches
+    return found if config.entropy_mask else entropy_range(vocab, config.q)  # which no token exceeds
 
 
 def find_routes(ready: Prepared, samples: list[Sample], items: list[Item], alter, config, method, seed: int) -> None:
@@ -744,6 +742,8 @@ def train_model(
             if len(progress.history) < 2:
                 raise
             progress.stopped = "stopped by hand"
+    if (done := trainer.state.global_step) > progress.history[-1]["step"]:  # all had been done before it was resumed
+        progress.history.append({"step": done, "seconds": 0.0, "probe": look(done)})
     if mixed:
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes autocast off its forward again
     if method.trains == "alter":
@@ -798,7 +798,8 @@ def located(adapter: str | None) -> str | None:
 
 
 def write_run(run: Run, target: Path) -> None:
-    """Write aside, then rename: a run folder is whole or not there."""
+    """Write aside, then rename: a run folder is whole or not there. `run.path` is where it lies: where another command
+    has taken the name meanwhile, the time of day is put behind it."""
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".new-"))
     try:
         if isinstance(run.model, PeftModel):
@@ -811,7 +812,14 @@ def write_run(run: Run, target: Path) -> None:
         write_json(aside / "config.json", run.metrics["config"] | {k: run.metrics[k] for k in ("model", "data")})
         write_record(run, aside)
         os.chmod(aside, 0o755)
-        os.rename(aside, target)
+        try:
+            os.rename(aside, target)
+        except OSError:
+            if not target.exists():
+                raise
+            target = target.with_name(f"{target.name[:60]}-{time.strftime('%H%M%S')}")
+            os.rename(aside, target)
+        run.path = target
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"The run could not be written to {target} ({reason}): make room, then again.") from None
@@ -840,7 +848,7 @@ def before_and_after(logs: dict[str, evaluation.Log]) -> list[dict]:
 
 def newest_run(folder: Path) -> Path:
     """The run that was written last. Raises UserError when there is none."""
-    found = sorted(folder.glob("*/metrics.json"), key=lambda p: p.stat().st_mtime)
+    found = sorted(folder.glob("[!.]*/metrics.json"), key=lambda p: p.stat().st_mtime)
     if not found:
         raise UserError(f"There is no run in {folder}/ yet: python -m alter_demo unlearn makes one.")
     return found[-1].parent
@@ -861,7 +869,7 @@ def load_run(path: Path | str, lm: LM | None = None) -> Run:
     try:
         stored = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
         name = stored["model"]
-        if not isinstance(name, str):
+        if not isinstance(name, str) or not isinstance(stored.get("adapter"), str | None):
             raise TypeError
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path / 'metrics.json'} is damaged: make the run again.") from None

@@ -10,7 +10,7 @@ import pandas as pd
 
 from .charts import word_table
 from .errors import UserError
-from .results import REFERENCES
+from .results import MARKS, REFERENCES
 
 RESULTS = Path(__file__).parents[1] / "assets" / "results"
 ASKED = ("forget", "model", "retain_items", "limit", "kept", "tokens", "loaded", "weights")
@@ -323,7 +323,14 @@ def missing(row) -> str:
 def attack_runs(results: dict) -> list[dict]:
     """Those with the methods' own settings, what was tried stands beside them; all where there are tries alone."""
     runs = [run for run in results["runs"] if "attack" in (run["config"].get("overrides") or {})]
-    return [run for run in runs if {*run["config"]["overrides"]} == {"attack"}] or runs
+    own = [run for run in runs if {*run["config"]["overrides"]} == {"attack"}]
+    return own if any(run["method"] not in REFERENCES for run in own) else runs
+
+
+def named(run: dict) -> str:
+    """The method of a results file's run, with what was tried on it."""
+    tried = {k: v for k, v in (run["config"].get("overrides") or {}).items() if k not in MARKS}
+    return " ".join([run["method"], *(f"{k}={v}" for k, v in tried.items())])
 
 
 def of_shared_seeds(runs: list[dict]) -> list[dict]:
@@ -331,7 +338,7 @@ def of_shared_seeds(runs: list[dict]) -> list[dict]:
     seeds: dict[str, set[int]] = {}
     for r in runs:
         if r["method"] not in REFERENCES:
-            seeds.setdefault(r["method"], set()).add(r["seed"])
+            seeds.setdefault(named(r), set()).add(r["seed"])
     shared = set.intersection(*seeds.values()) if seeds else set()
     return [r for r in runs if r["method"] in REFERENCES or r["seed"] in shared] if shared else runs
 
@@ -343,12 +350,13 @@ def attacked(results: dict) -> pd.DataFrame:
         UserError: the file holds no attacks.
     """
     rows = [
-        {"method": r["method"], "seed": r["seed"], **{name: r["metrics"].get(k) for name, k in ATTACKS.items()}}
+        {"method": named(r), "seed": r["seed"], **{name: r["metrics"].get(k) for name, k in ATTACKS.items()}}
         for r in sorted(of_shared_seeds(attack_runs(results)), key=lambda r: r["method"] not in REFERENCES)
     ]  # fmt: skip
     if not rows:
         raise UserError("The results file holds no attacks: python -m alter_demo attack makes some.")
-    same_sizes(attack_runs(results), overrides=True)
+    asked = [r["config"] | {"overrides": {"attack": r["config"]["overrides"]["attack"]}} for r in attack_runs(results)]
+    same_sizes([{"config": config} for config in asked], overrides=True)
     table = pd.DataFrame(rows).astype(dict.fromkeys(ATTACKS, float)).groupby("method", sort=False)
     return table.median(numeric_only=True).drop(columns="seed").assign(seeds=table["seed"].nunique())
 

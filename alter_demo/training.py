@@ -101,6 +101,9 @@ class Record:
     saved: float = 0.0  # seconds that it took once, where an earlier run had looked already
 
 
+HALF = torch.finfo(torch.float16).max  # some models' states go beyond
+
+
 @torch.no_grad()
 def phase_one(
     lm: LM, samples: list[Sample], config, batch_tokens: int = 4096, tick=None, first: int = 0, seen=None
@@ -125,7 +128,7 @@ def phase_one(
         b = collate([samples[i] for i in batch], lm.tokenizer.pad_token_id, lm.device)
         out = lm.model(**inputs(b), output_hidden_states=True, use_cache=False)
         entropy = tsallis_entropy(out.logits, config.q).cpu()
-        hidden = out.hidden_states[config.feature_layer].to(torch.float16).cpu()
+        hidden = out.hidden_states[config.feature_layer].clamp(-HALF, HALF).to(torch.float16).cpu()
         for row, i in enumerate(batch):
             t, k = len(samples[i].ids), len(samples[i].ids) - samples[i].start
             log_p = out.logits[row, -k - 1 : -1].float().log_softmax(-1)

@@ -56,6 +56,19 @@ def test_rounding_is_what_it_says():
         pass
 
 
+def test_all_linear_layers_are_rounded_and_come_back(any_model):
+    before = {n: p.clone() for n, p in any_model.named_parameters()}
+    with attacks.rounded(any_model, 2):
+        moved = {n for n, p in any_model.named_parameters() if not torch.equal(p, before[n])}
+    assert sum("attn" in n or "mlp" in n for n in moved) >= 12 and not any("emb" in n or "lm_head" in n for n in moved)
+    assert all(torch.equal(p, before[n]) for n, p in any_model.named_parameters())
+    codes = torch.nn.Linear(2, 2)
+    codes.weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)  # as in 4 bits
+    any_model.more = codes
+    with pytest.raises(UserError, match="rounded already"), attacks.rounded(any_model, 4):
+        pass
+
+
 @pytest.mark.parametrize("method", ["alter_selective", "lora", "npo"])
 def test_attacks_leave_the_run_as_it_was(runs_of, method):
     run, _made = runs_of(method)

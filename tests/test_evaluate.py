@@ -254,3 +254,19 @@ def test_a_diverged_model_is_one_sentence():
     with pytest.raises(UserError, match="diverged"):
         metrics.auc([float("nan")], [1.0])
     assert metrics.truth_ratio(-2000.0, [-1.0]) > 1e300  # and no overflow
+
+
+def test_greedy_is_greedy_whatever_the_model_brings_along(tiny):
+    lm = load_model(str(tiny), dtype="float32")
+    plain = greedy(lm, ["Hello!", "And?"], 12)
+    lm.model.generation_config.update(repetition_penalty=5.0, num_beams=3, no_repeat_ngram_size=2, min_p=0.9)
+    assert greedy(lm, ["Hello!", "And?"], 12) == plain
+
+
+def test_texts_among_questions_are_not_asked(tiny):
+    lm, questions = load_model(str(tiny), dtype="float32"), [Item("Who?", "Me."), Item("Where?", "Here.")]
+    for items in ([Item("", "A text."), *questions], [*questions, Item("", "A text.")]):
+        assert evaluation.evaluate(lm, lm.model, {"forget": items}, 4)["forget"]["question"].tolist() == [
+            "Who?",
+            "Where?",
+        ]

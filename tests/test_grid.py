@@ -129,8 +129,13 @@ def test_a_whole_benchmark_is_gone_through_several_times(small, tmp_path):
     assert train.max_steps * train.batch_size == 5 * 240 == asking.retain
     assert bench.settings("npo", 0, {})["train"]["max_steps"] == train.max_steps
     assert bench.configs("npo", 0, {"max_steps": 7})[1].max_steps == 7
+    bench.made.training = [data.Item("", "word " * 4000)] * 40  # long texts are many samples, a share of them fewer
+    for share in (1, 0.25):
+        train = bench.configs("npo", 0, {"share": share})[1]
+        assert train.max_steps * train.batch_size == pytest.approx(5 * share * 40 * 10, rel=0.03)
     bench.config = small
     assert bench.configs("npo", 0, {})[1].max_steps == METHODS["npo"].train["max_steps"]
+    assert bench.configs("alter_selective", 0, {"share": 0.25})[1].max_steps == 60
 
 
 def test_no_frozen_pass_where_nothing_is_taken_from_it(small, tmp_path, monkeypatch):
@@ -295,6 +300,8 @@ def test_rounds_go_on_from_each_other(small, tmp_path, monkeypatch):
         ended.append(weighed(run.model))
         return run
 
+    with pytest.raises(UserError, match="expert of its own"):
+        grid.sequential(*options[:3], 3, How(path, few | {"n_experts": 2}))
     monkeypatch.setattr(grid, "unlearn", watched)
     results = grid.sequential(*options)
     monkeypatch.setattr(grid, "unlearn", unlearn)
@@ -364,9 +371,13 @@ def test_attacks_go_on_where_they_stopped(small, tmp_path):
     asked.clear()
     again = attacks.attack_grid(small, ["alter_selective", "npo"], [0], how, config)
     assert again == first and not asked  # nothing is run twice
+    more = attacks.attack_grid(small, ["npo"], [0], How(path, FEW | {"lr": 1e-5}), config)["runs"]
+    assert [r["method"] for r in more[len(first["runs"]) :]] == ["npo"]  # the retain-only model is asked once
     with pytest.raises(UserError, match="one value"):
         attacks.attack_grid(small, ["npo"], [0], How(path, {"lr": [1e-5, 1e-4]}), config)
-    assert report.kind_of(first) is report.KINDS["attacks"] and report.table_of(first).count("| npo |") == 1
+    shown = report.commands_of({"runs": more}, "a")
+    assert len(shown) == 2 and all("--set max_steps=2" in c for c in shown) and "lr=1e-05" in shown[1]
+    assert report.kind_of(first) is report.KINDS["attacks"] and report.table_of(first).count("| npo max_steps=2 ") == 1
 
 
 def test_experts_are_handed_on(taught, small):

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from alter_demo import metrics
-from alter_demo.errors import UserError
+from alter_demo.errors import Diverged, UserError
 
 
 def test_rouge_l_is_recall_with_stemming():
@@ -29,8 +29,11 @@ def test_forget_quality():
     same = [i / 40 for i in range(40)]
     assert metrics.forget_quality(same, same) == 1
     assert metrics.forget_quality(same, [x + 2 for x in same]) < 1e-20
-    with pytest.raises(UserError):
+    with pytest.raises(Diverged):  # the unlearned model's: a grid records it and goes on
         metrics.forget_quality([float("nan"), 1.0], same)
+    for bad in ([float("nan"), 1.0], [1.0]):
+        with pytest.raises(UserError, match="two truth ratios"):
+            metrics.forget_quality(same, bad)
 
 
 def test_model_utility():

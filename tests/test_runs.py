@@ -185,6 +185,9 @@ def test_resume_equals_uninterrupted(tiny, made, tmp_path):
     resumed = unlearn(str(tiny), made, config, saving, folder=None, evaluate=False, resume=tmp_path / "c")
     assert resumed.metrics["history"][1]["step"] == 4
     assert all(torch.equal(p, trained(resumed)[n]) for n, p in trained(whole).items())
+    again = unlearn(str(tiny), made, config, saving, folder=None, evaluate=False, resume=tmp_path / "c")
+    assert again.metrics["steps"] == FEW and again.metrics["history"][-1]["probe"]  # nothing was left to be done
+    assert all(torch.equal(p, trained(again)[n]) for n, p in trained(whole).items())
 
 
 def test_stopping_keeps_what_there_is(tiny, made, tmp_path):
@@ -263,6 +266,10 @@ def test_plain_text_can_be_forgotten(tiny, few, tmp_path):
     )
     run = unlearn(str(tiny), str(tmp_path / "t.jsonl"), UnlearnConfig(threshold="auto"), quick(), folder=None)
     assert run.metrics["steps"] == FEW and run.metrics["peak_memory_mb"] >= run.metrics["training_memory_mb"] > 0
+    rows = ["a", *(f"The code of room {i} is {i * 7}." for i in range(9))]  # the probe would look at the first
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in rows))
+    run = unlearn(str(tiny), str(tmp_path / "t.jsonl"), UnlearnConfig(threshold="auto"), quick(), folder=None)
+    assert run.metrics["phase_one"]["samples"]["forget"] == 9
     (tmp_path / "t.jsonl").write_text('{"text": "a"}')
     with pytest.raises(UserError, match="nothing to forget"):
         unlearn(str(tiny), str(tmp_path / "t.jsonl"), UnlearnConfig(threshold="auto"), quick(), folder=None)
@@ -455,7 +462,8 @@ def test_a_strange_model_name_is_one_sentence(name):
 
 
 @pytest.mark.parametrize("file, content", [
-    ("metrics.json", "[]"), ("metrics.json", '{"model": 3}'), ("adapter/adapter_config.json", "{}"),
+    ("metrics.json", "[]"), ("metrics.json", '{"model": 3}'), ("metrics.json", '{"model": "x", "adapter": 5}'),
+    ("adapter/adapter_config.json", "{}"),
     ("adapter/adapter_config.json", "{"), ("adapter/adapter_model.safetensors", "x"),
 ])  # fmt: skip
 def test_a_damaged_run_is_one_sentence(tiny, made, tmp_path, file, content):
@@ -463,6 +471,21 @@ def test_a_damaged_run_is_one_sentence(tiny, made, tmp_path, file, content):
     (tmp_path / "r" / file).write_text(content)
     with pytest.raises(UserError):
         load_run(tmp_path / "r")
+
+
+def test_a_name_that_was_taken_meanwhile_costs_no_run(tiny, made, tmp_path):
+    """Two commands with one name: the later one's run lies beside the first."""
+
+    def take_it(entry, steps):
+        (tmp_path / "runs" / "r" / "adapter").mkdir(parents=True, exist_ok=True)
+
+    run = unlearn(str(tiny), made, UnlearnConfig(threshold="auto"), quick(), "r", tmp_path / "runs", on_step=take_it)
+    assert run.path.name.startswith("r-") and load_run(run.path).metrics["after"]
+    folder = run.path.parent
+    assert sorted(os.listdir(folder)) == ["r", run.path.name] and os.listdir(folder / "r") == ["adapter"]
+    (folder / ".new-x").mkdir()
+    shutil.copy(run.path / "metrics.json", folder / ".new-x")  # left by a process that was killed
+    assert runs.newest_run(folder) == run.path
 
 
 def test_run_names():

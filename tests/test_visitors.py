@@ -1,5 +1,6 @@
 """Many visitors, big and hostile uploads, paths that lead elsewhere: the app asked through gradio_client and HTTP."""
 
+import html
 import json
 import re
 import shutil
@@ -200,3 +201,45 @@ def memory(server, tiny, file, counts) -> list[int]:
             line = next(x for x in Path(f"/proc/{server[2]}/status").read_text().splitlines() if "VmRSS" in x)
             found.append(int(line.split()[1]) // 2**10)
     return found
+
+
+def test_names_make_no_links_and_no_lists():
+    from alter_demo.jobs import plain
+
+    for text in ("www.evil.example.com", "https://evil.example.com", "1. x", "1) x", "a_b*c*", "<b>", "me@x.org"):
+        shown = plain(text)
+        assert html.unescape(shown) == text and not re.search(r"www\.|://|^\d+[.)]|[_*<@]", shown)
+
+
+def test_a_visitor_who_left_while_waiting_gets_no_job(tmp_path, monkeypatch):
+    """B waits for A's job, closes the tab, and A's ends: nothing of B's may begin."""
+    from types import SimpleNamespace
+
+    from alter_demo import jobs, runs
+
+    began = []
+    monkeypatch.setattr(runs, "unlearn", lambda *a, **k: began.append(a))
+    asked = SimpleNamespace(session_hash="b")
+    with jobs.JOB:
+        shown = jobs.unlearn_job("m", "school", None, None, "npo", 0, 8, 0, 4, 0, asked)
+        next(shown)
+        jobs.forget_session(asked)
+    said = [step[0] for step in shown]
+    assert not began and "the tab was closed" in said[-1] and not jobs.OWNER
+
+
+def test_a_damaged_run_does_not_keep_the_page_from_opening(tmp_path, monkeypatch):
+    from alter_demo import jobs
+
+    monkeypatch.setattr(jobs, "RUNS", tmp_path)
+    (tmp_path / "r").mkdir()
+    for content in (
+        "[" * 100_000,
+        '{"seconds": {"unlearn": 1' + "0" * 400 + ', "evaluate": 2}}',
+        '{"phase_one": null}',
+    ):
+        (tmp_path / "r" / "metrics.json").write_text(content)
+        assert "Runs on" in jobs.expected_time()
+        assert "damaged" in jobs.run_view("r")[0]
+    (tmp_path / "r").rename(tmp_path / ".new-r")
+    assert jobs.run_names() == []

@@ -1,6 +1,6 @@
 // The token X-ray: draws tokens, recolours them, shows one in detail. The page, the notebook and the stand-alone file
 // use this one function. Every text is put in by textContent: model and user text is hostile.
-// data: {names, qs, q, threshold, tokens: [{t, id, sp, S, r, e, w, b, a, tb, ta, c}]}, see alter_demo/xray.py.
+// data: {names, qs, q, threshold, tokens: [{t, id, sp, S, e, w, b, a, tb, ta, c}]}, see alter_demo/xray.py.
 function drawXray(root, data) {
   "use strict";
   const CIVIDIS = ["#00204d", "#00336f", "#39486b", "#575c6d", "#707173", "#8a8779", "#a69d75", "#c4b56c", "#e4cf5b", "#ffea46"];
