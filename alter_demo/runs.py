@@ -738,12 +738,16 @@ def train_model(
         progress.trainer = trainer
         try:
             trainer.train(resume_from_checkpoint=bool(resume and list(Path(resume).glob("checkpoint-*"))))
+            if (done := trainer.state.global_step) > progress.history[-1][
+                "step"
+            ]:  # resumed, and nothing was left to do
+                progress.history.append({"step": done, "seconds": 0.0, "probe": look(done)})
         except Interrupted:  # whoever asked has left; the steps before this one are whole
-            if len(progress.history) < 2:
+            if (done := trainer.state.global_step) == 0:
                 raise
+            if done > progress.history[-1]["step"]:  # it was being looked at
+                progress.history.append({"step": done, "seconds": progress.history[-1]["seconds"]})
             progress.stopped = "stopped by hand"
-    if (done := trainer.state.global_step) > progress.history[-1]["step"]:  # all had been done before it was resumed
-        progress.history.append({"step": done, "seconds": 0.0, "probe": look(done)})
     if mixed:
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes autocast off its forward again
     if method.trains == "alter":

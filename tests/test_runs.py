@@ -13,7 +13,7 @@ from alter_demo import METHOD_NAMES, data, load_model, load_run, runs, unlearn
 from alter_demo.adapter import AlterConfig
 from alter_demo.answers import greedy, log_probs
 from alter_demo.cli import main, show_run
-from alter_demo.errors import UserError
+from alter_demo.errors import Interrupted, UserError
 from alter_demo.methods import METHODS
 from alter_demo.results import shortfalls
 from alter_demo.runs import UnlearnConfig
@@ -194,6 +194,17 @@ def test_stopping_keeps_what_there_is(tiny, made, tmp_path):
     run = unlearn(str(tiny), made, UnlearnConfig(threshold="auto"), quick(), "s", tmp_path, should_stop=lambda: True)
     assert run.metrics["steps"] == 1 and run.metrics["stopped"] == "stopped by hand"
     assert (tmp_path / "s" / "metrics.json").is_file() and run.metrics["after"]
+
+
+def test_leaving_while_the_probe_is_looked_at_keeps_what_there_is(tiny, made, tmp_path):
+    def leave(step, answers):
+        if step:
+            raise Interrupted
+
+    config = UnlearnConfig(threshold="auto")
+    run = unlearn(str(tiny), made, config, quick(), "s", tmp_path, evaluate=False, on_answers=leave)
+    assert run.metrics["steps"] == 2 and run.metrics["stopped"] == "stopped by hand"
+    assert load_run(tmp_path / "s").metrics["history"][-1]["step"] == 2
 
 
 @pytest.mark.parametrize("method", ["alter_selective", "npo"])  # npo is measured before its weights change
