@@ -198,7 +198,7 @@ KINDS: dict[str, Kind] = {
         is_choice, lambda r: tables.accuracies(r).reset_index(), tables.choice_markdown,
         choice_commands,
         said="Percent of multiple-choice questions answered rightly. *school*: subjects written for this project, in "
-        "place of WMDP.",
+        "place of WMDP. On plain texts alter_selective trains longer than the others.",
     ),
     "tuning": Kind(
         is_tuning, lambda r: figures_of(tables.tried(r)), tables.tuning_markdown, grid_commands,
