@@ -51,7 +51,8 @@ def sampled(lm: LM, prompts: list[str], n: int, max_new_tokens: int = 64, model=
 
 
 def plain_generation(lm: LM, **how) -> GenerationConfig:
-    """`how` without what a model brings along as its defaults, such as a penalty for repeating itself."""
+    """A GenerationConfig of `how` alone. transformers fills what is left open from the model's own, which may punish
+    repetition or take beams: no greedy answer any more, and another one than `stream` gives."""
     plain = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     return GenerationConfig(pad_token_id=lm.tokenizer.pad_token_id, eos_token_id=eos_ids(lm), **plain | how)
 
@@ -285,8 +286,8 @@ def adapt(made: ForgetSet, lm: LM, general: int = 160, tick=None) -> ForgetSet:
     Raises:
         UserError: the model knows fewer than four of the facts.
     """
-    made = replace(made, **long_enough(made, lm.tokenizer))
     made = replace(made, general=made.general[:general])
+    made = replace(made, **long_enough(made, lm.tokenizer))
     if not made.trained_on:
         raise UserError(f"{made.name} has no text of two tokens or more, so there is nothing to forget.")
     prompts = [i.question for i in [*made.general, *made.general_held_out]]

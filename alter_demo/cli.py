@@ -400,6 +400,7 @@ def how_of(args, bars, overrides: dict | None = None):
 
 def do_attack(args) -> None:
     from .attacks import AttackConfig, attack_grid
+    from .tables import named
 
     if args.items < 2:
         raise UserError("The attacks need at least 2 questions.")
@@ -408,8 +409,6 @@ def do_attack(args) -> None:
         how = how_of(args, bars, settings(args.set))
         results = attack_grid(config, args.methods, args.seeds, how, AttackConfig(items=args.items))
     shown = ("before", "asked", "paraphrased", "prefix_forced", "neutral_text", "int4", "relearn_forget_10")
-    from .tables import named
-
     table = new_table("method", "seed", *(f"{k}, ROUGE-L" for k in shown), "leaks")
     for run in results["runs"]:
         cells = [f"{run['metrics'].get(f'{k}_ROUGE', float('nan')):.3f}" for k in shown]

@@ -88,17 +88,15 @@ def plainly(command: str, results: dict, more: list[str]) -> list[str]:
 
 def attack_commands(results: dict) -> list[str]:
     """The command of the methods' own settings; where there are tries alone, one for each."""
-    tried: dict[str, list[dict]] = {}
+    tried: dict[tuple[str, ...], list[dict]] = {}
     for run in rivals({"runs": tables.attack_runs(results)}):
-        tried.setdefault(tables.named(run | {"method": ""}), []).append(run)
-    asked = ["--items", str(tables.attack_runs(results)[0]["config"]["overrides"]["attack"]["items"])]
-    asked += size_of(results)
-    return [
-        plainly(
-            "python -m alter_demo attack", {"runs": runs}, [*asked, *(["--set", *values.split()] if values else [])]
-        )[0]
-        for values, runs in tried.items()
-    ]
+        tried.setdefault(tuple(tables.tried_on(run)), []).append(run)
+    items = str(tables.attack_runs(results)[0]["config"]["overrides"]["attack"]["items"])
+    found = []
+    for values, runs in tried.items():
+        more = [*size_of(results), "--items", items, *(["--set", *values] if values else [])]
+        found += plainly("python -m alter_demo attack", {"runs": runs}, more)
+    return found
 
 
 def choice_commands(results: dict) -> list[str]:
@@ -114,8 +112,7 @@ def grid_commands(results: dict) -> list[str]:
     """The command of the methods' own settings; where there are tries alone, one for each set of values, with the
     methods that they were tried on."""
     forget = results["runs"][0]["config"]["forget"]
-    plain = [r for r in rivals(results) if not {*(r["config"].get("overrides") or {})} - {"rounds", "share"}]
-    results = {"runs": plain or results["runs"]}
+    results = {"runs": [r for r in rivals(results) if not tables.tried_on(r)] or results["runs"]}
     tried: dict[tuple, dict[str, list]] = {}  # (method, names of its settings) -> setting -> values
     names: dict[str, dict] = {}
     for run in rivals(results):

@@ -738,9 +738,8 @@ def train_model(
         progress.trainer = trainer
         try:
             trainer.train(resume_from_checkpoint=bool(resume and list(Path(resume).glob("checkpoint-*"))))
-            if (done := trainer.state.global_step) > progress.history[-1][
-                "step"
-            ]:  # resumed, and nothing was left to do
+            done = trainer.state.global_step  # more than was seen where a run was resumed after its last step
+            if done > progress.history[-1]["step"]:
                 progress.history.append({"step": done, "seconds": 0.0, "probe": look(done)})
         except Interrupted:  # whoever asked has left; the steps before this one are whole
             if (done := trainer.state.global_step) == 0:

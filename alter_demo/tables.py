@@ -323,14 +323,18 @@ def missing(row) -> str:
 def attack_runs(results: dict) -> list[dict]:
     """Those with the methods' own settings, what was tried stands beside them; all where there are tries alone."""
     runs = [run for run in results["runs"] if "attack" in (run["config"].get("overrides") or {})]
-    own = [run for run in runs if {*run["config"]["overrides"]} == {"attack"}]
+    own = [run for run in runs if not tried_on(run)]
     return own if any(run["method"] not in REFERENCES for run in own) else runs
+
+
+def tried_on(run: dict) -> list[str]:
+    """What was tried on a run in place of its method's own settings, as `--set` takes it."""
+    return [f"{k}={plain(v)}" for k, v in (run["config"].get("overrides") or {}).items() if k not in MARKS]
 
 
 def named(run: dict) -> str:
     """The method of a results file's run, with what was tried on it."""
-    tried = {k: v for k, v in (run["config"].get("overrides") or {}).items() if k not in MARKS}
-    return " ".join([run["method"], *(f"{k}={v}" for k, v in tried.items())])
+    return " ".join([run["method"], *tried_on(run)])
 
 
 def of_shared_seeds(runs: list[dict]) -> list[dict]:

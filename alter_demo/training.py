@@ -27,6 +27,7 @@ from .models import LM
 from .routing import Plan
 
 TOP = 64  # the frozen model's likeliest tokens kept per position for distillation
+HALF = torch.finfo(torch.float16).max  # in which states are kept, and some models' go beyond
 
 
 @dataclass
@@ -99,9 +100,6 @@ class Record:
     answer_hidden: torch.Tensor | None = None  # (K, D) `hidden` at the answer positions, where a method steers states
     plan: Plan | None = None  # (1, T, ...) once the router is fitted
     saved: float = 0.0  # seconds that it took once, where an earlier run had looked already
-
-
-HALF = torch.finfo(torch.float16).max  # some models' states go beyond
 
 
 @torch.no_grad()
