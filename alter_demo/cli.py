@@ -167,15 +167,17 @@ def parser() -> argparse.ArgumentParser:
     sub = command("wmdp", do_wmdp, "Multiple choice before and after forgetting: WMDP and MMLU, or school subjects.")
     grid_options(sub)
     sub.add_argument(
-        "--forget", default="auto", help="wmdp-cyber, wmdp-bio, school (needs no hub), auto: wmdp-cyber or school"
+        "--forget",
+        default="auto",
+        help="wmdp-cyber, wmdp-bio, school (needs no hub), harry-potter, auto: wmdp-cyber or school",
     )
     sub.add_argument("--methods", nargs="+", default=["alter", "alter_selective"], help="some of methods.METHODS")
-    sub.add_argument("--tasks", nargs="+", help="lm-eval tasks, that of what is forgotten first (default: wmdp.TASKS)")
+    sub.add_argument("--tasks", nargs="+", help="lm-eval tasks, what is forgotten first (default: results.TASKS)")
     sub.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="random seeds")
     sub.add_argument("--limit", type=int, help="questions a task (default: all)")
     sub.add_argument("--load-in-4bit", action="store_true", help="4-bit base, needs bitsandbytes")
     sub.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE[,VALUE...]", help="settings to try")
-    sub.add_argument("--results", type=Path, help="results file (default: assets/results/FORGET.json)")
+    sub.add_argument("--results", type=Path, help="results file (default: assets/results/FORGET[-choice].json)")
 
     sub = command("muse", do_muse, "MUSE: what is left of news or books, by the size of the forget set or by rounds.")
     grid_options(sub)
@@ -424,7 +426,8 @@ def do_wmdp(args) -> None:
     asked, args.forget = args.forget, choose(args.forget)
     if asked == "auto" and args.forget == "school":
         print("The hub can't be reached: school subjects stand in for WMDP.", file=sys.stderr)
-    args.results = args.results or Path(f"assets/results/{args.forget}.json")
+    name = "harry-potter-choice" if args.forget == "harry-potter" else args.forget
+    args.results = args.results or Path(f"assets/results/{name}.json")
     config = grid_config("full", forget=args.forget, model=args.model, limit=args.limit, tokens=64)
     with Bars() as bars:
         how = how_of(args, bars, settings(args.set))

@@ -20,7 +20,7 @@ import pandas as pd
 from . import figures, tables
 from .data import EXAMPLE
 from .errors import UserError
-from .results import REFERENCES, SIZES, TASKS, read_results
+from .results import REFERENCES, SIZES, TASKS, read_results, tasks_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def is_tuning(results: dict) -> bool:
 
 
 def is_choice(results: dict) -> bool:
-    return any("forget_acc" in run["metrics"] for run in results["runs"])
+    return any("kept_acc" in run["metrics"] for run in results["runs"])
 
 
 def loaded_as(results: dict) -> list[str]:
@@ -102,8 +102,8 @@ def attack_commands(results: dict) -> list[str]:
 def choice_commands(results: dict) -> list[str]:
     results = {"runs": [r for r in results["runs"] if not r["config"].get("overrides")]}
     asked = results["runs"][0]["config"]
-    scored = [k.removesuffix("_acc") for k in results["runs"][0]["metrics"] if k.endswith("_acc")][:-2]
     more = [] if asked["limit"] is None else ["--limit", str(asked["limit"])]
+    scored = tasks_of(results["runs"][0])
     more += [] if tuple(scored) == TASKS[asked["forget"]] else ["--tasks", *scored]
     return plainly("python -m alter_demo wmdp", results, more)
 
@@ -195,7 +195,7 @@ KINDS: dict[str, Kind] = {
         is_choice, lambda r: tables.accuracies(r).reset_index(), tables.choice_markdown,
         choice_commands,
         said="Percent of multiple-choice questions answered rightly. *school*: subjects written for this project, in "
-        "place of WMDP. On plain texts alter_selective trains longer than the others.",
+        "place of WMDP and MMLU. On plain texts alter_selective trains longer than the others.",
     ),
     "tuning": Kind(
         is_tuning, lambda r: figures_of(tables.tried(r)), tables.tuning_markdown, grid_commands,

@@ -17,9 +17,10 @@ WIDE_OPEN = 0.8  # share of held-out forget samples that open the gate, below wh
 TAUGHT = ("target", "retain")  # the model that has learned everything, and the one that never saw the forget set
 MARKS = {"variant", "rounds", "attack", "share"}  # overrides that say what was done, and are no settings
 REFERENCES = (*TAUGHT, "blind")  # rows beside which all others are put; blind: the target, without the question
-# forget set -> its multiple-choice tasks, that which is to be forgotten first
+# forget set -> its multiple-choice tasks, that which is to be forgotten first; of Harry Potter all are to stay
 TASKS: dict[str, tuple[str, ...]] = {
     "school": ("school_astronomy", "school_biology", "school_geography", "school_history", "school_arts"),
+    "harry-potter": ("school_astronomy", "school_biology", "school_geography", "school_history", "school_arts"),
     "wmdp-bio": ("wmdp_bio", "wmdp_cyber", "wmdp_chem", "mmlu"),
     "wmdp-cyber": ("wmdp_cyber", "wmdp_bio", "wmdp_chem", "mmlu"),
 }
@@ -29,6 +30,12 @@ SIZES = {
     "small": {"retain_items": 200, "limit": 4, "kept": 4, "tokens": 16},  # to try whether everything works
     "full": {},
 }
+
+
+def tasks_of(run: dict) -> list[str]:
+    """The multiple-choice tasks that a run's metrics hold; `forget_acc` and `kept_acc` sum them up."""
+    sums = ("forget_acc", "kept_acc")
+    return [k.removesuffix("_acc") for k in run["metrics"] if k.endswith("_acc") and k not in sums]
 
 
 def read_results(path: Path) -> dict:

@@ -257,10 +257,8 @@ def accuracies(results: dict) -> pd.DataFrame:
     if not names:
         raise UserError("The results file holds no multiple choice: python -m alter_demo wmdp makes some.")
     same_sizes(runs)
-    more = {
-        "general_ROUGE_to_base": SHOWN["general_ROUGE_to_base"],
-        "general_repetition": "repeated 4-grams",
-    }
+    shown = ("forget_Q_A_ROUGE", "forget_BLEU", "ASG", "general_ROUGE_to_base")
+    more = {k: SHOWN[k] for k in shown} | {"general_repetition": "repeated 4-grams"}
     rows = [
         {"method": r["method"], "seed": r["seed"],
          **{k.removesuffix("_acc").replace("_", " "): 100 * r["metrics"].get(k, float("nan")) for k in names},
@@ -279,7 +277,9 @@ def choice_markdown(results: dict) -> str:
         [f"**{m}**" if m in OURS else m, *("" if pd.isna(v) else f"{v:.3g}" for v in row)]
         for m, row in table.iterrows()
     ]
-    return f"{pipes(['method', *table.columns], rows)}\n\nPercent right, medians; {hardware(results)}."
+    known = "ASG" in table and len(table.index.difference(list(REFERENCES))) > 1
+    verdict = f" Not dominated in (kept, ASG): {', '.join(pareto(table, 'kept', 'ASG'))}." if known else ""
+    return f"{pipes(['method', *table.columns], rows)}\n\nPercent right, medians; {hardware(results)}.{verdict}"
 
 
 def variants(results: dict) -> list[dict]:

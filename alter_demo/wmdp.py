@@ -1,5 +1,6 @@
 """Multiple choice before and after forgetting, through lm-eval (ALTER, Table 1): WMDP and MMLU from the hub, or, where
 the hub can't be reached, ordinary school subjects written for this project, of which astronomy is to be forgotten.
+Where Harry Potter is forgotten all subjects are to stay: the utility of Table 2 (there MMLU), beside the ASG.
 
 lm-eval scores the likelihood of each choice. WMDP and MMLU ask for a letter; a small model knows answers rather than
 letters, so the school questions score the answer's own words. They do so by the whole likelihood (`acc`): per byte
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from .data import read_set
 from .errors import Diverged, UserError
 from .evaluate import group_figures
-from .results import TASKS
+from .results import TASKS, tasks_of
 
 BATCH = 16
 
@@ -104,11 +105,13 @@ def own_progress():
         tqdm.__init__ = shown
 
 
-def scores(lm, model, tasks: list, limit: int | None = None) -> dict[str, float]:
-    """What a results file holds: `TASK_acc` for each, `forget_acc` (the first) and `kept_acc` (mean of the others)."""
+def scores(lm, model, tasks: list, limit: int | None = None, all_stay: bool = False) -> dict[str, float]:
+    """What a results file holds: `TASK_acc` for each, `forget_acc` (the first, unless all are to stay) and `kept_acc`
+    (mean of the others)."""
     found = accuracy(lm, model, tasks, limit)
-    forget, *kept = found.values()
-    return {f"{k}_acc": v for k, v in found.items()} | {"forget_acc": forget, "kept_acc": sum(kept) / len(kept)}
+    kept = list(found.values())
+    forget = {} if all_stay else {"forget_acc": kept.pop(0)}
+    return {f"{k}_acc": v for k, v in found.items()} | forget | {"kept_acc": sum(kept) / len(kept)}
 
 
 def fluency(log, before=None) -> dict[str, float]:
@@ -117,6 +120,13 @@ def fluency(log, before=None) -> dict[str, float]:
     figures = group_figures("general", log["general"], before and before["general"])
     names = {"repetition": "general_repetition", "rouge_l_to_base": "general_ROUGE_to_base"}
     return {name: figures[k] for k, name in names.items() if k in figures}
+
+
+def answered(bench, log, before=None) -> dict[str, float]:
+    """`fluency`, and of what is known from pre-training how far the answers are from not knowing (`metrics.asg`)."""
+    figures = bench.figures(log)
+    asked = ("forget_Q_A_ROUGE", "forget_BLEU", "ASG") if bench.ignorance else ()
+    return {k: figures[k] for k in asked} | fluency(log, before)
 
 
 def choose(asked: str) -> str:
@@ -144,12 +154,14 @@ def choice_grid(config, methods: list[str], seeds: list[int], how, names: tuple[
     if config.forget not in TASKS:
         raise UserError(f"Questions exist for {', '.join(TASKS)}, not for {config.forget!r}.")
     bench = Bench(config, methods, how, ("general",), untaught=True)
-    names = names or TASKS[config.forget]
-    if len(names) < 2:
+    names, all_stay = names or TASKS[config.forget], bench.made.known
+    if bench.made.known:
+        bench.groups = ("forget", *bench.groups)
+    if len(names) < 2 and not all_stay:
         raise UserError("Name two tasks at least: what is forgotten first, then what stays (--tasks).")
     asked = [f"{n}_acc" for n in names]
-    stored = [[k for k in r["metrics"] if k.endswith("_acc")] for r in bench.results["runs"]]
-    if any(own and own[: len(own) - 2] != asked for own in stored):  # the last two sum them up
+    stored = [[f"{k}_acc" for k in tasks_of(r)] for r in bench.results["runs"]]
+    if any(own and own != asked for own in stored):
         raise UserError(
             f"{how.path} holds answers to other tasks than {', '.join(names)}: one file for each (--results)."
         )
@@ -163,8 +175,8 @@ def choice_grid(config, methods: list[str], seeds: list[int], how, names: tuple[
     for which in [name for name in references if not bench.done(name, 0, {})]:
         how.on_stage("the untouched model's answers", 0.0)
         lm = bench.reference("target")
-        found = fluency(bench.logs["target"]) if which == "target" else {}
-        bench.add(which, 0, found | scores(lm, lm.model, references[which], config.limit), {})
+        found = answered(bench, bench.logs["target"]) if which == "target" else {}
+        bench.add(which, 0, found | scores(lm, lm.model, references[which], config.limit, all_stay), {})
         del lm
     for number, (method, seed, values) in enumerate(missing, 1):
         name = f"{number} of {len(missing)}: {method}, seed {seed}"
@@ -178,7 +190,7 @@ def choice_grid(config, methods: list[str], seeds: list[int], how, names: tuple[
         if run is None:
             break
         how.on_stage(f"{name}: questions", 0.0)
-        found = fluency(run.logs["after"], run.logs["before"])
-        bench.add(method, seed, found | scores(run.lm, run.model, tasks, config.limit), values, run)
+        found = answered(bench, run.logs["after"], run.logs["before"])
+        bench.add(method, seed, found | scores(run.lm, run.model, tasks, config.limit, all_stay), values, run)
         del run
     return bench.results

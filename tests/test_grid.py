@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from conftest import COLOURS, OWN_FORGET, OWN_RETAIN
 
-from alter_demo import attacks, data, figures, grid, report, tables
+from alter_demo import attacks, data, figures, grid, report, tables, wmdp
 from alter_demo.cli import grid_of, main, parser
 from alter_demo.data import ForgetSet, Item, general_items
 from alter_demo.errors import UserError
 from alter_demo.grid import GridConfig, How
 from alter_demo.methods import METHODS
-from alter_demo.results import read_results
+from alter_demo.results import TASKS, read_results
 from alter_demo.training import train_config
 
 ROOT = Path(__file__).parents[1]
@@ -330,8 +330,9 @@ def test_rounds_go_on_from_each_other(small, tmp_path, monkeypatch):
     assert "threshold=auto" in report.grid_commands(one)[0]
 
 
-def test_what_is_known_from_pre_training(taught, few, tmp_path, monkeypatch):
-    """No model was taught it, so none is retain-only: BLEU, and the distance to answers about what is not known."""
+@pytest.fixture
+def known(taught, few, tmp_path, monkeypatch):
+    """A set that the model knows from pre-training, but for one question."""
 
     def make():
         items = [replace(i, keywords=[i.answer.split()[-1].rstrip(".")]) for i in OWN_FORGET]
@@ -343,8 +344,12 @@ def test_what_is_known_from_pre_training(taught, few, tmp_path, monkeypatch):
     monkeypatch.setitem(data.FORGET_SETS, "harry-potter", make)
     monkeypatch.setattr("alter_demo.answers.OWN_TOKENS", 16)
     monkeypatch.setattr("alter_demo.answers.SETS", tmp_path)  # no recorded answers
-    config = GridConfig(forget="harry-potter", model=str(taught), limit=8, kept=4, tokens=16)
-    results = grid.grid(config, ["lora", "grad_ascent"], [0], How(tmp_path / "h.json", FEW | {"lr": 1e-2}))
+    return GridConfig(forget="harry-potter", model=str(taught), limit=8, kept=4, tokens=16)
+
+
+def test_what_is_known_from_pre_training(known, tmp_path):
+    """No model was taught it, so none is retain-only: BLEU, and the distance to answers about what is not known."""
+    results = grid.grid(known, ["lora", "grad_ascent"], [0], How(tmp_path / "h.json", FEW | {"lr": 1e-2}))
     runs = {r["method"]: r["metrics"] for r in results["runs"]}
     assert set(runs) == {"target", "lora", "grad_ascent"}
     assert runs["target"]["forget_BLEU"] > 0.9 and runs["target"]["ASG"] > runs["grad_ascent"]["ASG"]
@@ -355,6 +360,23 @@ def test_what_is_known_from_pre_training(taught, few, tmp_path, monkeypatch):
     assert "ASG" in table and "forget quality" not in table
     assert set(tables.pareto(tables.medians(results))) <= {"lora", "grad_ascent"}
     assert figures.tradeoff(results).layout.yaxis.autorange == "reversed"
+
+
+def test_what_is_known_beside_multiple_choice(known, tmp_path):
+    """The paper's Table 2: ASG beside a utility of general questions, none of which is to be forgotten."""
+    how = How(tmp_path / "c.json", FEW | {"lr": 1e-2})
+    results = wmdp.choice_grid(replace(known, limit=3), ["lora", "grad_ascent"], [0], how)
+    assert [r["method"] for r in results["runs"]] == ["target", "blind", "lora", "grad_ascent"]
+    for run in results["runs"]:
+        run["config"]["overrides"] = {}
+        found = run["metrics"]
+        accuracies = [found[f"{task}_acc"] for task in TASKS["harry-potter"]]
+        assert "forget_acc" not in found and found["kept_acc"] == pytest.approx(sum(accuracies) / 5, abs=1e-8)
+        assert ("ASG" in found) == (run["method"] != "blind")
+    table = report.table_of(results)
+    best = min(results["runs"][2:], key=lambda r: (-r["metrics"]["kept_acc"], r["metrics"]["ASG"]))["method"]
+    assert best in table.rpartition("Not dominated in (kept, ASG): ")[2]
+    assert "wmdp --forget harry-potter --methods lora grad_ascent --seeds 0" in report.commands_of(results, "c")[0]
 
 
 def test_attacks_go_on_where_they_stopped(small, tmp_path):

@@ -114,8 +114,8 @@ def test_without_hub_and_with_unknown_names_one_sentence(tiny, tmp_path, monkeyp
         wmdp.load_tasks(("wmdp_magic",))
     with pytest.raises(UserError, match="could not be fetched from the hub"):
         wmdp.choice_grid(GridConfig(forget="wmdp-cyber", model=str(tiny)), ["alter"], [0], how)
-    with pytest.raises(UserError, match="not for 'harry-potter'"):
-        wmdp.choice_grid(GridConfig(forget="harry-potter"), ["alter"], [0], how)
+    with pytest.raises(UserError, match="not for 'imaginary-authors'"):
+        wmdp.choice_grid(GridConfig(forget="imaginary-authors"), ["alter"], [0], how)
     folder = tmp_path / "wmdp"
     folder.mkdir()
     for part in ("forget", "retain"):
