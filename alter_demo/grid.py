@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
 
 from . import evaluate as evaluation
@@ -197,7 +197,7 @@ class Bench:
     def measured(self, which: str, groups: dict) -> evaluation.Log:
         """Log of the target or the retain-only model on `groups`, kept in the cache."""
         lm, tokens = self.reference(which), self.config.tokens
-        items = mark([(group, i.question, i.answer) for group, own in groups.items() for i in own])
+        items = mark([(group, astuple(i)) for group, own in groups.items() for i in own])
         loaded = own_file(lm).stem  # changes with the weights
         file = cache_dir() / "logs" / f"{self.made.name}-{loaded}-{items}-{tokens}.json"
         if not file.is_file():

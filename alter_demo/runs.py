@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -35,6 +36,7 @@ from .models import (
     RUN_NAME,
     cache_dir,
     check_adapter,
+    clear_leftovers,
     kept_memory,
     load_model,
     model_errors,
@@ -220,7 +222,7 @@ def unlearn(
         adapter, retain_adapter: LoRA folders of the model that has learned the set and of the one that has learned
             everything but; for `imaginary-authors` on the built-in model they lie in `assets/`.
         before, retain_log: logs of the target and of the retain-only model, if they were measured already.
-        resume: a folder with the checkpoints of an interrupted run (`TrainConfig.save_steps`).
+        resume: a folder with the checkpoints of an interrupted run (`TrainConfig.save_steps`) of the same settings.
         experts: A and B of an earlier round to start from (`next_round`).
         seen: a dict shared by runs on the same frozen model, which then looks once at samples that they share.
         on_step: called after each step with its losses and the number of steps at most.
@@ -257,6 +259,9 @@ def unlearn(
         adapt(made, lm, config.general, lambda a, b: stage("the model's own answers", a / b))
     )
     never = [i for i in made.holdout if i.perturbed_answer][:NEVER_ITEMS]
+    if resume is not None:
+        trained_on = hashlib.sha256(repr(made.trained_on).encode()).hexdigest()
+        own_checkpoints(resume, [lm.name, lm.adapter and str(lm.adapter), trained_on, asdict(config), asdict(train)])
     made = made.limited(config.limit, config.kept)
     groups = {k: v for k, v in made.evaluation().items() if config.groups is None or k in config.groups}
     seed_everything(train.seed)
@@ -771,7 +776,17 @@ def run_folder(folder: Path, name: str | None, model, forget_set) -> Path:
     if (Path(folder) / name).exists():
         raise UserError(f"The run {name!r} exists already: choose another name, or remove {Path(folder) / name}.")
     need_disk(Path(folder), 200)
+    clear_leftovers(Path(folder))
     return Path(folder) / name
+
+
+def own_checkpoints(folder: Path, made_of: list) -> None:
+    """Note beside the checkpoints which run they are of. Raises UserError where they are of another one."""
+    need_disk(Path(folder), 200)
+    note, now = Path(folder) / "of.txt", json.dumps(made_of)
+    if note.is_file() and note.read_text(encoding="utf-8") != now:
+        raise UserError(f"The checkpoints in {folder} are of another run: choose another folder, or remove them.")
+    note.write_text(now, encoding="utf-8")
 
 
 def alter_entries(alter: AlterConfig | None) -> dict:

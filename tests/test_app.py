@@ -80,6 +80,14 @@ def go(page, name):
     page.get_by_role("tab", name=name, exact=True).click()
 
 
+def barriers(page) -> list[tuple]:
+    """Serious faults of accessibility in what stands on the page now: (tab, rule, where)."""
+    tab = page.get_by_role("tab", selected=True).first.inner_text()
+    found = Axe().run(page).response["violations"]
+    serious = (v for v in found if v["impact"] in ("serious", "critical"))
+    return [(tab, v["id"], [n["html"][:200] for n in v["nodes"]][:3]) for v in serious]
+
+
 def make_run(page, tiny, file, steps=6):
     """A finished run, the page on Unlearn."""
     start(page, tiny, file, steps)
@@ -101,6 +109,7 @@ def test_the_first_screen_is_a_finished_example(page):
 
 def test_a_whole_run_then_every_tab(page, server, tiny, own_data):
     make_run(page, tiny, own_data[0])
+    faults = barriers(page)
     assert re.search(r"forget held out", page.locator("#numbers-table").inner_text())
     assert "What colour has the door" in page.locator("#live").inner_text()
     assert page.locator("svg .plot_marks path").count() >= 4  # a line for each part of the loss, and the probe
@@ -130,6 +139,7 @@ def test_a_whole_run_then_every_tab(page, server, tiny, own_data):
     expect(page.locator("#compare-status")).not_to_contain_text("The same answer", timeout=30_000)  # asking anew
     expect(page.locator("#compare-status")).to_contain_text(" s)", timeout=120_000)
     assert page.evaluate("window.hacked") is None and page.locator("img[src=x]").count() == 0
+    faults += barriers(page)
 
     go(page, "Token X-ray")
     page.get_by_label("Text", exact=True).first.fill("Hello " + HOSTILE)
@@ -153,12 +163,14 @@ def test_a_whole_run_then_every_tab(page, server, tiny, own_data):
     assert float(page.locator("#tokens .xray-root").get_attribute("data-recolour-ms")) < 100
     page.get_by_role("button", name="Save as one HTML file").click()
     expect(page.locator("#xray-status")).to_contain_text("Saved", timeout=30_000)
+    faults += barriers(page)
 
     go(page, "Word clouds")
     page.get_by_role("button", name="Draw the clouds").click()
     expect(page.locator("#clouds-status")).to_contain_text("words of", timeout=120_000)
     expect(page.locator("#clouds img").first).to_be_visible(timeout=60_000)
     expect(page.locator("#cloud-words")).to_contain_text(re.compile(r"(A|B_r|B_f1)\s"))
+    faults += barriers(page)
 
     go(page, "Router")
     expect(page.locator("#router-status")).to_contain_text("own record", timeout=60_000)
@@ -166,6 +178,8 @@ def test_a_whole_run_then_every_tab(page, server, tiny, own_data):
     expect(page.locator("#router-status")).to_contain_text("Drawn", timeout=60_000)
     expect(page.locator(".js-plotly-plot:visible")).to_have_count(4, timeout=60_000)
     assert page.evaluate("window.hacked") is None
+    faults += barriers(page)
+    assert not faults, "\n".join(map(str, faults))
 
     page.goto(f"{server[0]}/?run={run.name}&tab=compare&prompt=Who%3F")
     expect(page.get_by_label("Question", exact=True)).to_have_value("Who?", timeout=30_000)
@@ -253,6 +267,7 @@ def test_a_closed_tab_frees_its_job_in_two_seconds(browser, server, tiny, own_da
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_no_serious_accessibility_fault_on_any_tab(browser, server, scheme):
+    """Before anything is drawn; what is drawn is looked at where it is made."""
     page = browser.new_page(viewport={"width": 1280, "height": 1000}, color_scheme=scheme)
     page.goto(f"{server[0]}/?__theme={scheme}")
     expect(page.get_by_role("button", name="Make a model forget")).to_be_visible(timeout=30_000)
@@ -260,10 +275,7 @@ def test_no_serious_accessibility_fault_on_any_tab(browser, server, scheme):
     for tab in page.get_by_role("tab").all():
         tab.click()
         page.wait_for_timeout(700)
-        for violation in Axe().run(page).response["violations"]:
-            if violation["impact"] in ("serious", "critical"):
-                nodes = [n["html"][:200] for n in violation["nodes"]][:3]
-                faults.append((tab.inner_text(), violation["id"], nodes))
+        faults += barriers(page)
     page.close()
     assert not faults, "\n".join(map(str, faults))
 

@@ -68,6 +68,22 @@ def test_a_grid_goes_on_where_it_stopped(small, tmp_path):
     assert after[1]["metrics"]["forget_quality"] == 1.0 and after[1]["metrics"]["privleak"] == 0.0
 
 
+def test_other_wrong_answers_are_measured_anew(small, tmp_path, monkeypatch):
+    """The references' logs are kept in the cache, as long as all that they were asked is the same."""
+    first = grid.grid(small, [], [0], How(tmp_path / "a.json"))
+    make = data.FORGET_SETS["tofu-forget01"]
+
+    def other():
+        made = make()
+        changed = [replace(i, perturbed_answer=["Nobody knows."] * 2) for i in made.forget]
+        return replace(made, forget=changed, training=made.trained_on)
+
+    monkeypatch.setitem(data.FORGET_SETS, "tofu-forget01", other)
+    second = grid.grid(small, [], [0], How(tmp_path / "b.json"))
+    ratios = [r["runs"][0]["metrics"]["forget_truth_ratio"] for r in (first, second)]
+    assert ratios[0] != ratios[1]
+
+
 def test_seconds_of_a_busy_machine_are_not_kept(small, tmp_path):
     path = tmp_path / "r.json"
     results = grid.grid(small, ["grad_diff"], [0], How(path, {**FEW, "batch_size": 1}, timed=False))

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from dataclasses import replace
 
 import pytest
@@ -188,6 +189,19 @@ def test_resume_equals_uninterrupted(tiny, made, tmp_path):
     again = unlearn(str(tiny), made, config, saving, folder=None, evaluate=False, resume=tmp_path / "c")
     assert again.metrics["steps"] == FEW and again.metrics["history"][-1]["probe"]  # nothing was left to be done
     assert all(torch.equal(p, trained(again)[n]) for n, p in trained(whole).items())
+    with pytest.raises(UserError, match="of another run"):
+        other = quick(save_steps=3, seed=1)
+        unlearn(str(tiny), made, config, other, folder=None, evaluate=False, resume=tmp_path / "c")
+
+
+def test_what_a_killed_process_has_left_goes_after_a_day(tiny, made, tmp_path):
+    old, new = tmp_path / ".new-old", tmp_path / ".new-now"
+    for left in (old, new):
+        left.mkdir()
+        (left / "half.safetensors").write_bytes(b"0")
+    os.utime(old, (time.time() - 2 * 86400,) * 2)
+    unlearn(str(tiny), made, UnlearnConfig(threshold="auto"), quick(), "r", tmp_path, evaluate=False)
+    assert not old.exists() and new.exists() and (tmp_path / "r" / "metrics.json").is_file()
 
 
 def test_stopping_keeps_what_there_is(tiny, made, tmp_path):
