@@ -197,6 +197,7 @@ def unlearn_tab():
                 rank = gr.Slider(1, 32, 8, step=1, label="Rank", info="of A and of every B")
                 experts = gr.Slider(0, 8, 0, step=1, label="Forgetting experts", info="0: found by clustering")
                 seed = gr.Number(0, precision=0, label="Seed", info="the same seed gives the same run")
+        with gr.Column(scale=3):  # on a projector all of it stands above the fold
             with gr.Row():
                 start = gr.Button("Unlearn", variant="primary")
                 stop = gr.Button("Stop and keep")
@@ -204,7 +205,6 @@ def unlearn_tab():
             gr.Markdown(
                 "Leave this tab open meanwhile: a reload ends the training and keeps what was learned, without figures."
             )
-        with gr.Column(scale=3):
             loss = gr.LinePlot(
                 None, x="step", y="value", color="part", height=280,
                 title="Loss by part, and the probe (what forgetting stops by)",

@@ -82,6 +82,7 @@ def go(page, name):
 
 def barriers(page) -> list[tuple]:
     """Serious faults of accessibility in what stands on the page now: (tab, rule, where)."""
+    expect(page.locator(".pending")).to_have_count(0, timeout=60_000)  # pale as long as it is being made
     tab = page.get_by_role("tab", selected=True).first.inner_text()
     found = Axe().run(page).response["violations"]
     serious = (v for v in found if v["impact"] in ("serious", "critical"))
