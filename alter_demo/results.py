@@ -17,10 +17,11 @@ WIDE_OPEN = 0.8  # share of held-out forget samples that open the gate, below wh
 TAUGHT = ("target", "retain")  # the model that has learned everything, and the one that never saw the forget set
 MARKS = {"variant", "rounds", "attack", "share"}  # overrides that say what was done, and are no settings
 REFERENCES = (*TAUGHT, "blind")  # rows beside which all others are put; blind: the target, without the question
+SCHOOL = ("school_astronomy", "school_biology", "school_geography", "school_history", "school_arts")
 # forget set -> its multiple-choice tasks, that which is to be forgotten first; of Harry Potter all are to stay
 TASKS: dict[str, tuple[str, ...]] = {
-    "school": ("school_astronomy", "school_biology", "school_geography", "school_history", "school_arts"),
-    "harry-potter": ("school_astronomy", "school_biology", "school_geography", "school_history", "school_arts"),
+    "school": SCHOOL,
+    "harry-potter": SCHOOL,
     "wmdp-bio": ("wmdp_bio", "wmdp_cyber", "wmdp_chem", "mmlu"),
     "wmdp-cyber": ("wmdp_cyber", "wmdp_bio", "wmdp_chem", "mmlu"),
 }

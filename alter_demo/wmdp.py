@@ -144,7 +144,7 @@ def choose(asked: str) -> str:
 
 def choice_grid(config, methods: list[str], seeds: list[int], how, names: tuple[str, ...] | None = None) -> dict:
     """Forget with each method and seed and ask the questions of `names` (default: TASKS of the forget set) before and
-    after; goes on where it stopped, as `grid.grid`.
+    after; goes on where it stopped, as `grid.grid`. Of what is known from pre-training its own questions are asked too.
 
     Raises:
         UserError: as `grid.Bench` and `load_tasks` do; a forget set without tasks; a file with other tasks in it.
@@ -155,7 +155,7 @@ def choice_grid(config, methods: list[str], seeds: list[int], how, names: tuple[
         raise UserError(f"Questions exist for {', '.join(TASKS)}, not for {config.forget!r}.")
     bench = Bench(config, methods, how, ("general",), untaught=True)
     names, all_stay = names or TASKS[config.forget], bench.made.known
-    if bench.made.known:
+    if all_stay:
         bench.groups = ("forget", *bench.groups)
     if len(names) < 2 and not all_stay:
         raise UserError("Name two tasks at least: what is forgotten first, then what stays (--tasks).")
