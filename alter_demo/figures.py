@@ -84,8 +84,8 @@ def sequential(results: dict) -> go.Figure:
         figure.add_traces(lines(table[column]).data, rows=1, cols=col)
     for trace in figure.data[len(table[columns[0]].columns) :]:
         trace.showlegend = False
-    figure.update_xaxes(title="round").update_yaxes(range=[0, 1])
-    return plain_look(figure).update_layout(showlegend=True, margin_t=60)  # the page puts its label on top
+    figure.update_xaxes(title="round", dtick=1).update_yaxes(range=[0, 1])
+    return plain_look(figure).update_layout(showlegend=True, margin_t=60)
 
 
 def relearning(results: dict, source: str = "forget") -> go.Figure:

@@ -377,10 +377,10 @@ def evidence_tab(evidence) -> None:
     file = gr.Dropdown([], label="Results file")
     table = gr.Dataframe(interactive=False, wrap=True, label="Figures")
     words_of_the_tables()
-    with gr.Row():
+    with gr.Row():  # a label would lie across the titles of the drawings
         first, second = (
-            gr.Plot(label="Utility against forgetting, over the rounds, or relearning"),
-            gr.Plot(label="Cost"),
+            gr.Plot(label="Utility against forgetting, over the rounds, or relearning", show_label=False),
+            gr.Plot(label="Cost", show_label=False),
         )
     # no spinner: it would make the empty status line a region that scrolls
     view = {"fn": evidence_view, "inputs": file, "outputs": [table, first, second, status], "show_progress": "hidden"}

@@ -174,8 +174,8 @@ KINDS: dict[str, Kind] = {
         said="A training step and a generated token, beside PEFT's LoRA and full fine-tuning.",
     ),
     "heterogeneity": Kind(
-        has("points"), lambda r: pd.DataFrame([{"seed": x["seed"], **x["metrics"]} for x in r["runs"]]),
-        tables.heterogeneity_markdown, heterogeneity_commands, {"domains": figures.heterogeneity},
+        has("points"), tables.heterogeneity, tables.heterogeneity_markdown, heterogeneity_commands,
+        {"domains": figures.heterogeneity},
         "LoRAs of several domains from one start: what their A's learned is more alike than what their B's learned.",
     ),
     "words": Kind(

@@ -381,14 +381,21 @@ def attacks_markdown(results: dict) -> str:
     )
 
 
+def heterogeneity(results: dict) -> pd.DataFrame:
+    """How alike the A's and B's of LoRAs of several domains are, mean cosine, one row a seed."""
+    names = {"apart": "one domain beside another", "mixed": "a domain beside all mixed"}
+    rows = [
+        {"seed": run["seed"],
+         **{f"{m}: {name}": run["metrics"][f"{m}_{k}_cosine"] for m in "AB" for k, name in names.items()},
+         "seconds": run["seconds"]["learn"]} for run in results["runs"]
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 def heterogeneity_markdown(results: dict) -> str:
-    rows = []
-    for run in results["runs"]:
-        cells = [f"{run['metrics'][f'{m}_{k}_cosine']:.3f}" for m in "AB" for k in ("apart", "mixed")]
-        rows.append([str(run["seed"]), *cells, f"{run['seconds']['learn']:.0f}"])
-    header = ["seed", "A: one domain beside another", "A: a domain beside all mixed",
-              "B: one domain beside another", "B: a domain beside all mixed", "seconds"]  # fmt: skip
-    return f"{pipes(header, rows)}\n\nMean cosine of what was learned; {hardware(results)}."
+    table = heterogeneity(results)
+    rows = [[f"{seed:.0f}", *(f"{v:.3f}" for v in cosines), f"{s:.0f}"] for seed, *cosines, s in table.to_numpy()]
+    return f"{pipes(list(table), rows)}\n\nMean cosine of what was learned; {hardware(results)}."
 
 
 def costs(results: dict) -> pd.DataFrame:
