@@ -86,26 +86,30 @@ def plainly(command: str, results: dict, more: list[str]) -> list[str]:
     return [" ".join(parts)]
 
 
-def attack_commands(results: dict) -> list[str]:
-    """The command of the methods' own settings; where there are tries alone, one for each."""
+def by_setting(command: str, runs: list[dict], more: list[str]) -> list[str]:
+    """The command of the methods' own settings, and one for each set of values that was tried."""
     tried: dict[tuple[str, ...], list[dict]] = {}
-    for run in rivals({"runs": tables.attack_runs(results)}):
+    for run in rivals({"runs": runs}):
         tried.setdefault(tuple(tables.tried_on(run)), []).append(run)
-    items = str(tables.attack_runs(results)[0]["config"]["overrides"]["attack"]["items"])
-    found = []
-    for values, runs in tried.items():
-        more = [*size_of(results), "--items", items, *(["--set", *values] if values else [])]
-        found += plainly("python -m alter_demo attack", {"runs": runs}, more)
-    return found
+    commands = (
+        plainly(command, {"runs": own}, [*more, *(["--set", *values] if values else [])])
+        for values, own in tried.items()
+    )
+    return [c for own in commands for c in own]
+
+
+def attack_commands(results: dict) -> list[str]:
+    runs = tables.attack_runs(results)
+    items = str(runs[0]["config"]["overrides"]["attack"]["items"])
+    return by_setting("python -m alter_demo attack", runs, [*size_of(results), "--items", items])
 
 
 def choice_commands(results: dict) -> list[str]:
-    results = {"runs": [r for r in results["runs"] if not r["config"].get("overrides")]}
-    asked = results["runs"][0]["config"]
+    runs = tables.choice_runs(results)
+    asked, scored = runs[0]["config"], tasks_of(runs[0])
     more = [] if asked["limit"] is None else ["--limit", str(asked["limit"])]
-    scored = tasks_of(results["runs"][0])
     more += [] if tuple(scored) == TASKS[asked["forget"]] else ["--tasks", *scored]
-    return plainly("python -m alter_demo wmdp", results, more)
+    return by_setting("python -m alter_demo wmdp", runs, more)
 
 
 def grid_commands(results: dict) -> list[str]:

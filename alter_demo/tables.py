@@ -246,13 +246,20 @@ def rounds_markdown(results: dict) -> str:
     return f"{pipes(['method', 'round', *shown], rows)}\n\n{hardware(results)}."
 
 
+def choice_runs(results: dict) -> list[dict]:
+    """The runs of multiple choice that are shown: the methods' own settings, and where the ASG stands beside them also
+    what was tried. (Of `school` that is a dozen settings, chosen among by the very questions.)"""
+    tries = any("ASG" in r["metrics"] for r in results["runs"])
+    return [r for r in results["runs"] if tries or not r["config"].get("overrides")]
+
+
 def accuracies(results: dict) -> pd.DataFrame:
     """Multiple choice in percent, one row a method, medians over the seeds: that of what is forgotten first.
 
     Raises:
         UserError: the file holds no multiple choice.
     """
-    runs = [r for r in results["runs"] if not r["config"].get("overrides")]
+    runs = choice_runs(results)
     names = dict.fromkeys(k for r in runs for k in r["metrics"] if k.endswith("_acc") and k != "forget_acc")
     if not names:
         raise UserError("The results file holds no multiple choice: python -m alter_demo wmdp makes some.")
@@ -260,7 +267,7 @@ def accuracies(results: dict) -> pd.DataFrame:
     shown = ("forget_Q_A_ROUGE", "forget_BLEU", "ASG", "general_ROUGE_to_base")
     more = {k: SHOWN[k] for k in shown} | {"general_repetition": "repeated 4-grams"}
     rows = [
-        {"method": r["method"], "seed": r["seed"],
+        {"method": named(r), "seed": r["seed"],
          **{k.removesuffix("_acc").replace("_", " "): 100 * r["metrics"].get(k, float("nan")) for k in names},
          **{name: r["metrics"].get(k, float("nan")) for k, name in more.items()},
          "seconds": r.get("seconds", {}).get("unlearn", float("nan"))}

@@ -392,7 +392,10 @@ def test_what_is_known_beside_multiple_choice(known, tmp_path):
     table = report.table_of(results)
     best = min(results["runs"][2:], key=lambda r: (-r["metrics"]["kept_acc"], r["metrics"]["ASG"]))["method"]
     assert best in table.rpartition("Not dominated in (kept, ASG): ")[2]
-    assert "wmdp --forget harry-potter --methods lora grad_ascent --seeds 0" in report.commands_of(results, "c")[0]
+    results["runs"][-1]["config"]["overrides"] = {"lr": 1e-2}  # a try stands beside the others
+    assert "| grad_ascent lr=0.01 |" in report.table_of(results)
+    own, tried = report.commands_of(results, "c")
+    assert "wmdp --forget harry-potter --methods lora --seeds 0" in own and "--set lr=0.01" in tried
 
 
 def test_attacks_go_on_where_they_stopped(small, tmp_path):
@@ -449,7 +452,8 @@ def test_the_printed_commands_ask_for_all_that_is_stored(file):
         args = parser().parse_args(shlex.split(command)[3:])
         assert args.results == Path("assets/results") / file.name
         own = any(not {*(r["config"].get("overrides") or {})} - grid.MARKS for r in report.rivals(results))
-        assert not (own and getattr(args, "set", []))  # what was tried enters no table
+        if own and getattr(args, "set", []):  # what was tried is asked for where it stands in the table
+            assert f" {' '.join(args.set)} |" in report.table_of(results)
         if "size" in args:
             (asked,) = {json.dumps({k: r["config"][k] for k in tables.ASKED[:-2]}) for r in results["runs"]}
             assert json.dumps({k: getattr(grid_of(args), k) for k in tables.ASKED[:-2]}) == asked
