@@ -78,12 +78,12 @@ def rivals(results: dict) -> list[dict]:
     return [run for run in results["runs"] if run["method"] not in REFERENCES]
 
 
-def plainly(command: str, results: dict, more: list[str]) -> list[str]:
+def plainly(command: str, results: dict, more: list[str]) -> str:
     """The command with forget set, methods and seeds as the runs have them."""
     seeds, methods = ({str(run[k]): None for run in rivals(results)} for k in ("seed", "method"))
     forget = results["runs"][0]["config"]["forget"]
     parts = [command, "--forget", forget, "--methods", *methods, "--seeds", *seeds, *loaded_as(results), *more]
-    return [" ".join(parts)]
+    return " ".join(parts)
 
 
 def by_setting(command: str, runs: list[dict], more: list[str]) -> list[str]:
@@ -91,11 +91,8 @@ def by_setting(command: str, runs: list[dict], more: list[str]) -> list[str]:
     tried: dict[tuple[str, ...], list[dict]] = {}
     for run in rivals({"runs": runs}):
         tried.setdefault(tuple(tables.tried_on(run)), []).append(run)
-    commands = (
-        plainly(command, {"runs": own}, [*more, *(["--set", *values] if values else [])])
-        for values, own in tried.items()
-    )
-    return [c for own in commands for c in own]
+    settings = {values: ["--set", *values] if values else [] for values in tried}
+    return [plainly(command, {"runs": own}, [*more, *settings[values]]) for values, own in tried.items()]
 
 
 def attack_commands(results: dict) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -260,8 +259,7 @@ def unlearn(
     )
     never = [i for i in made.holdout if i.perturbed_answer][:NEVER_ITEMS]
     if resume is not None:
-        trained_on = hashlib.sha256(repr(made.trained_on).encode()).hexdigest()
-        own_checkpoints(resume, [lm.name, lm.adapter and str(lm.adapter), trained_on, asdict(config), asdict(train)])
+        own_checkpoints(Path(resume), repr([lm.name, lm.adapter, made.trained_on, config, train]))
     made = made.limited(config.limit, config.kept)
     groups = {k: v for k, v in made.evaluation().items() if config.groups is None or k in config.groups}
     seed_everything(train.seed)
@@ -780,13 +778,13 @@ def run_folder(folder: Path, name: str | None, model, forget_set) -> Path:
     return Path(folder) / name
 
 
-def own_checkpoints(folder: Path, made_of: list) -> None:
+def own_checkpoints(folder: Path, made_of: str) -> None:
     """Note beside the checkpoints which run they are of. Raises UserError where they are of another one."""
-    need_disk(Path(folder), 200)
-    note, now = Path(folder) / "of.txt", json.dumps(made_of)
-    if note.is_file() and note.read_text(encoding="utf-8") != now:
+    need_disk(folder, 200)
+    note = folder / "of.txt"
+    if note.is_file() and note.read_text(encoding="utf-8") != made_of:
         raise UserError(f"The checkpoints in {folder} are of another run: choose another folder, or remove them.")
-    note.write_text(now, encoding="utf-8")
+    note.write_text(made_of, encoding="utf-8")
 
 
 def alter_entries(alter: AlterConfig | None) -> dict:
