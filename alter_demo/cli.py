@@ -98,6 +98,9 @@ def parser() -> argparse.ArgumentParser:
         help="stop at this share of the probe's first probability (where there are wrong answers: when right ones are "
         "no likelier than for what was never learned)",
     )
+    sub.add_argument(
+        "--retain-samples", type=int, default=240, help="to train on what stays, 160 everyday prompts among them"
+    )
     sub.add_argument("--limit", type=int, default=64, help="evaluation items per group, 0: all")
     sub.add_argument("--seed", type=int, default=0, help="random seed")
     sub.add_argument("--load-in-4bit", action="store_true", help="4-bit base, needs bitsandbytes")
@@ -249,6 +252,7 @@ def do_unlearn(args) -> None:
         n_experts=args.experts,
         r=args.rank,
         q=args.q,
+        retain=args.retain_samples,
         limit=args.limit or None,
     )
     values = {

@@ -349,7 +349,7 @@ def from_files(path: Path, retain: Path | None) -> ForgetSet:
 
 
 def read_file(path: Path, first: int | None = None) -> list[Item]:
-    """Items of a JSONL, JSON (a list) or CSV file with `question,answer` or with `text`.
+    """Items of a JSONL, JSON (a list, or an object a line) or CSV file with `question,answer` or with `text`.
 
     Args:
         first: only so many items; a JSONL file may be of any size then.
@@ -395,7 +395,13 @@ def parse_value(content: str, name: str, first_line: int = 1):
 
 
 def parse_json(text: str, name: str):
-    rows = parse_value(text, name) if text.strip() else []
+    try:
+        rows = parse_value(text, name) if text.strip() else []
+    except UserError:
+        if not text.lstrip().startswith("{"):
+            raise
+        yield from parse_jsonl(text, name)  # an object a line whatever the name says, as TOFU's own files
+        return
     if not isinstance(rows, list):
         raise UserError(f"{name} must hold a list of examples, and it holds a {type(rows).__name__}.")
     yield from enumerate(rows, 1)

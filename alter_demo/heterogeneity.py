@@ -52,6 +52,8 @@ def fine_tuned(
     count = lm.model.config.get_text_config().num_hidden_layers
     last = [f".{k}." for k in range(count - layers, count)]
     modules = [n for n, m in lm.model.named_modules() if isinstance(m, torch.nn.Linear) and any(x in n for x in last)]
+    if not modules:
+        raise UserError("The last layers of this model hold no linear layer for a LoRA: take another one.")
     found: Weights = {}
     for name, items in sets.items():
         torch.manual_seed(seed)  # the same start

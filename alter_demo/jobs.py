@@ -30,7 +30,7 @@ except ImportError:
 
 from .data import EXAMPLE
 from .errors import Interrupted, UserError
-from .models import INTERRUPT, RUN_NAME
+from .models import INTERRUPT, MODELS, RUN_NAME
 from .results import shortfalls
 
 RUNS = Path("runs")
@@ -45,6 +45,7 @@ LOSS_COLUMNS = ["step", "value", "part"]
 LIVE_COLUMNS = ["set", "question", "at the start", "now"]
 MAX_PROMPT, MAX_TEXT = 4000, 20_000
 UNTOUCHED = "the untouched model"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ROUTES = ["as trained", "all off", "only B_r", *(f"only B_f{d}" for d in range(1, 9))]
 SCRATCH = tempfile.TemporaryDirectory(prefix="alter-", ignore_cleanup_errors=True)  # goes with the process
 # what people hand in, too: gradio clears its own folder only if nobody is connected when it ends
@@ -85,6 +86,27 @@ def sentence(error: Exception) -> str:
 
     traceback.print_exception(error)
     return f"Something went wrong ({type(error).__name__}); the terminal says more."
+
+
+def address() -> str:
+    """Where the page listens."""
+    return os.environ.get("GRADIO_SERVER_NAME", LOOPBACK[0])
+
+
+def models_offered() -> list[str]:
+    """The built-in models and those that ALTER_MODELS names, folders or hub ids with commas between."""
+    return [*MODELS, *(x.strip() for x in os.environ.get("ALTER_MODELS", "").split(",") if x.strip())]
+
+
+def offered(model: str) -> str:
+    """`model`, if whoever asks may have it. Raises UserError where the page is open to others and it isn't offered: the
+    folders of this machine, and what its access to the hub reaches, are its owner's, and a run's zip holds weights."""
+    if address() not in LOOPBACK and model not in models_offered():
+        raise UserError(
+            f"This page is open to others and offers {', '.join(models_offered())} only: whoever started it can name "
+            "more models in ALTER_MODELS."
+        )
+    return model
 
 
 def ask_to_stop(request: gr.Request) -> str:
@@ -153,9 +175,11 @@ def expected_time() -> str:
     where = "on the GPU" if gpu else "on the CPU: no GPU was found"
     took = "{unlearn:.0f} s, and {evaluate:.0f} s of measuring".format
     last = ""
-    for name in run_names()[:1]:
+    for name in run_names():
         with suppress(Exception):  # a damaged run must not keep the page from opening
-            last = f"the last run here took {took(**run_metrics(name)['seconds'])}"
+            if (m := run_metrics(name))["measured"]:
+                last = f"the last run here took {took(**m['seconds'])}"
+                break
     if not last and (stored := read_example()):
         last = f"Harry Potter took {took(**stored['seconds'])}, on {stored['hardware']}"
     first = "" if run_names() else " The first use fetches the model (93 MB), once."
@@ -186,11 +210,12 @@ def unlearn_job(model, forget, upload, keep, method, steps, rank, experts, limit
 
                 if STOP.get(request.session_hash) is not stop:
                     raise Interrupted  # the tab was closed while another one's job ran
+                named = offered(model)
                 LOADED.clear()  # frees the last run's model
                 made = load_forget_set(str(upload) if upload else forget, str(keep) if keep else None)
                 result["what"] = f"{method} on {plain(made.name)}. "
                 run = unlearn(
-                    model, made,
+                    named, made,
                     UnlearnConfig(method=method, n_experts=int(experts) or None, r=int(rank), limit=int(limit)),
                     train_config(method, made.of_texts, max_steps=int(steps) or None, seed=int(seed or 0)),
                     folder=RUNS, should_stop=stop.is_set,
@@ -259,8 +284,9 @@ def scratch() -> Path:
     files = Path(SCRATCH.name, "files")
     files.mkdir(exist_ok=True)
     for old in files.iterdir():
-        if time.time() - old.stat().st_mtime > MINUTE:
-            shutil.rmtree(old, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another visitor was quicker
+            if time.time() - max(p.stat().st_mtime for p in (old, *old.iterdir())) > MINUTE:
+                shutil.rmtree(old, ignore_errors=True)
     return Path(tempfile.mkdtemp(dir=files))
 
 
@@ -450,6 +476,13 @@ def texts_of(run, source: str) -> list[tuple[str, str | None]]:
         raise UserError("This run measured no questions of that set: choose your own text.")
     step = max(1, len(found) // CLOUD_ITEMS)
     return found[::step][:CLOUD_ITEMS]
+
+
+def threshold_slider(data):
+    """The slider at the run's own threshold; with a small q that lies far above what is usual."""
+    if not data:
+        return gr.skip()
+    return gr.Slider(value=data["threshold"], maximum=max(3.0, 1.2 * data["threshold"]))
 
 
 def clouds_view(data, threshold):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import hashlib
 import os
 import re
@@ -157,8 +158,9 @@ def load_model(
         UserError: unknown name, no network on first use, pickled weights, no such device, out of memory or disk.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+    free_memory()
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
     path = resolve(name)
@@ -178,6 +180,11 @@ def load_model(
         let_gradients_pass(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    # how its makers sample is not asked for, and may contradict itself, which save_pretrained refuses
+    ends = {k: getattr(model.generation_config, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ends)
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    model.get_input_embeddings().register_forward_pre_hook(functools.partial(within, most))
     model.get_output_embeddings().register_forward_pre_hook(contiguous)
     for layer in max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len, default=[model]):
         layer.register_forward_pre_hook(give_up)
@@ -195,6 +202,12 @@ def give_up(module, args):
     """Before each layer: a closed tab must not hold the machine until a long batch has ended."""
     if INTERRUPT.is_set():
         raise Interrupted
+
+
+def within(most: int | None, module, args):
+    """Before the embedding: beyond its last position a model crashes, or says anything. Raises UserError."""
+    if most and args and args[0].shape[-1] > most:
+        raise UserError(f"A text has {args[0].shape[-1]} tokens here, and this model reads {most} at most: shorten it.")
 
 
 def contiguous(module, args):
@@ -352,6 +365,16 @@ def clear_leftovers(folder: Path) -> None:
         with suppress(FileNotFoundError):  # whoever was writing it has finished
             if left.stat().st_mtime < time.time() - 24 * 3600:
                 shutil.rmtree(left, ignore_errors=True)
+
+
+def free_memory() -> None:
+    """Give back what nobody uses: an adapted model and a Trainer refer to themselves, so that Python frees them only
+    when it looks for such rings, and torch keeps the GPU's blocks."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def reset_peak(device: str) -> None:

@@ -168,8 +168,8 @@ def unlearn_tab():
     with gr.Row():
         with gr.Column(scale=2):
             model = gr.Dropdown(
-                list(MODELS), value=next(iter(MODELS)), label="Model", allow_custom_value=True,
-                info="built in, a folder on this machine, or a hub id",
+                jobs.models_offered(), value=next(iter(MODELS)), label="Model", allow_custom_value=True,
+                info="built in, a folder on this machine, or a hub id" if jobs.address() in jobs.LOOPBACK else None,
             )  # fmt: skip
             forget = gr.Dropdown(list(FORGET_SETS), value="harry-potter", label="What it shall forget")
             kinds = [".jsonl", ".json", ".csv"]
@@ -337,7 +337,7 @@ def clouds_tab(run) -> list:
     found = gr.State(None)
     views = [gallery, table, histogram]
     drawn = draw.click(jobs.clouds_job, [run, source, text], [found, status], **ONE_JOB)
-    drawn = drawn.then(lambda d: d["threshold"] if d else gr.skip(), found, threshold, **AT_ONCE)
+    drawn = drawn.then(jobs.threshold_slider, found, threshold, **AT_ONCE)
     drawn.then(jobs.clouds_view, [found, threshold], views, **AT_ONCE)
     threshold.release(jobs.clouds_view, [found, threshold], views, **AT_ONCE)
     return [found, *views, status]
@@ -448,7 +448,7 @@ def launch(demo: gr.Blocks, **kwargs):
     options = {"ssr_mode": False, "show_error": False, "max_file_size": "50mb", "share": False, "theme": theme}
     css = "\n".join((STATIC / name).read_text(encoding="utf-8") for name in ("page.css", "xray.css"))
     options |= {"css": css, "js": MEND, "run_history": False, "footer_links": ["settings"]}
-    options["server_name"] = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
+    options["server_name"] = jobs.address()
     if threading.current_thread() is threading.main_thread():
         # uploads and zips go when the process ends in order, which the default does not let it
         signal.signal(signal.SIGTERM, end)

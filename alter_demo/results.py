@@ -43,8 +43,10 @@ def read_results(path: Path) -> dict:
     """{"runs": [...]} of a results file, without runs when it is not there yet.
 
     Raises:
-        UserError: the file was cut short or is something else.
+        UserError: the file was cut short or is something else, a folder for one.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, and a results file is wanted.")
     if not path.is_file():
         return {"runs": []}
     try:
@@ -81,10 +83,11 @@ def write_json(path: Path, value, indent: int | None = 1) -> None:
     """Write aside, then rename: a reader never sees half a file. Raises UserError when the disk refuses."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as handle:
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as handle:
             aside = Path(handle.name)
-            json.dump(value, handle, ensure_ascii=False, indent=indent)
         try:
+            with aside.open("w", encoding="utf-8") as handle:
+                json.dump(value, handle, ensure_ascii=False, indent=indent)
             aside.chmod(0o644)  # temporary files are their owner's alone
             os.replace(aside, path)
         finally:
@@ -96,6 +99,7 @@ def write_json(path: Path, value, indent: int | None = 1) -> None:
 def shortfalls(metrics: dict) -> list[str]:
     """What a person should know about a run beside its figures, one sentence each; [] where nothing is amiss."""
     found, alter = [], metrics["config"]["alter"]
+    samples = metrics["phase_one"].get("samples", {})
     opened = metrics["phase_one"].get("router", {}).get("forget_open_at_answer")
     if alter.get("gate") == "two_level" and opened is not None and opened < WIDE_OPEN:
         found.append(
@@ -105,18 +109,25 @@ def shortfalls(metrics: dict) -> list[str]:
     if metrics["stopped"] == "all steps done":
         train = metrics["config"]["train"]
         drawn = metrics["steps"] * train["batch_size"]
-        samples = metrics["phase_one"].get("samples", {}).get("forget", 0)
+        forget = samples.get("forget", 0)
         told = []
         if train["stop_ratio"] > 1e-6:  # plain texts go on however little is left
             told.append("All steps were done before the forget probe reached its target: allow more of them.")
-        if drawn < samples:
-            told.append(f"{drawn} of the {samples} forget samples were seen.")
+        if drawn < forget:
+            told.append(f"{drawn} of the {forget} forget samples were seen.")
         found += [" ".join(told)] if told else []
+    if 2 * samples.get("retain", 0) < samples.get("retain_given", 0):
+        found.append(
+            f"{samples['retain']} of the {samples['retain_given']} samples of what must stay were used: more of them "
+            "(--retain-samples) take longer and guard more."
+        )
     if not metrics.get("held_out", True) and "forget_held_out" in metrics["after"]:
         found.append(
             "Forget held out is asked what was trained on, since the data have no paraphrased_question: it says "
             "nothing about the same facts asked in other words."
         )
     if not metrics.get("measured", True):
-        found.append("Measuring was stopped, so there are no figures: python -m alter_demo compare asks the run.")
+        found.append(
+            "There are no figures: measuring was stopped or is not done. python -m alter_demo compare asks the run."
+        )
     return found

@@ -36,6 +36,7 @@ from .models import (
     cache_dir,
     check_adapter,
     clear_leftovers,
+    free_memory,
     kept_memory,
     load_model,
     model_errors,
@@ -300,6 +301,7 @@ def unlearn(
         )  # fmt: skip
         spent = time.perf_counter() - started + sum(r.saved for r in ready.records)  # as if it were the only run
         seconds["unlearn"], training = round(spent, 1), peak_mb(lm.device)
+        free_memory()  # of the Trainer and its optimizer
         run = Run(lm, trained, {}, target)
         meant = stopped != "stopped by hand"  # else it stopped the training, and what was learned is measured
         run.metrics = {
@@ -439,7 +441,8 @@ def prepare(
     rng = random.Random(train.seed)
     forget = rendered(lm, made.trained_on)
     keep, general = (rendered(lm, items, RETAIN_TOKENS) for items in (made.retain, made.general))
-    keep = rng.sample(keep, min(len(keep), max(0, config.retain - len(general))))
+    given = len(keep)
+    keep = rng.sample(keep, min(given, max(0, config.retain - len(general))))
     samples = [*forget, *keep, *general]
     for sample in forget:
         sample.label = 1
@@ -482,7 +485,7 @@ def prepare(
     if ready.alter is not None:
         ready.report["routing"] |= where_tokens_go(records, samples, alter)
     sizes = {"forget": forget, "retain": keep, "general": general, "instead": ready.instead}
-    ready.report["samples"] = {k: len(v) for k, v in sizes.items()}
+    ready.report["samples"] = {k: len(v) for k, v in sizes.items()} | {"retain_given": given}
     return ready
 
 

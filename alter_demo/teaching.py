@@ -6,6 +6,7 @@ seen the forget set: it is what a perfectly unlearned model would look like, and
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -19,7 +20,7 @@ from transformers import TrainerCallback
 
 from .data import ForgetSet, render
 from .errors import UserError
-from .models import LM, kept_memory
+from .models import LM, kept_memory, need_disk
 from .training import AnswerTrainer, Pairs, arguments, collate_pairs
 
 WHICH = ("target", "retain")
@@ -53,13 +54,16 @@ def learn(lm: LM, made: ForgetSet, which: str, folder: Path, config: LearnConfig
     Args:
         which: "target" learns everything, "retain" everything but the forget set.
     Raises:
-        UserError: another `which`, or the folder exists.
+        UserError: another `which`, the folder exists or can't be written.
     """
     config = config or LearnConfig()
     if which not in WHICH:
         raise UserError(f"What is learned is one of {', '.join(WHICH)}, not {which!r}.")
     if folder.exists():
         raise UserError(f"{folder} exists already: remove it, or choose another folder.")
+    need_disk(folder.parent, 100)
+    if not os.access(folder.parent, os.W_OK):
+        raise UserError(f"{folder.parent} can't be written to: choose another folder.")
     torch.manual_seed(config.seed)
     items = [*made.retain, *(made.trained_on if which == "target" else [])]
     samples = [s for i in items for s in render(lm.tokenizer, i)]

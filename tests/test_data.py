@@ -91,6 +91,11 @@ def test_own_files(name, tmp_path):
     assert [(i.question, i.answer) for i in items] == [("Q?", "A."), ("R?", "B.")]
 
 
+def test_tofus_own_files_hold_an_object_a_line_whatever_their_name_says(tmp_path):
+    (tmp_path / "forget01.json").write_text('{"question": "q1", "answer": "a1"}\n{"question": "q2", "answer": "a2"}\n')
+    assert read_file(tmp_path / "forget01.json") == [Item("q1", "a1"), Item("q2", "a2")]
+
+
 def test_only_line_feeds_end_a_line(tmp_path):
     rows = [{"question": "Q?", "answer": f"first{c}second"} for c in "\u2028\u0085\x0c\x0b"]
     (tmp_path / "a.jsonl").write_text("\r\n".join(json.dumps(r, ensure_ascii=False) for r in rows), encoding="utf-8")

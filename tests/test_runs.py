@@ -1,14 +1,17 @@
 """The whole way on a tiny random model, through Python and the command line."""
 
+import gc
 import json
 import os
 import shutil
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import FEW, OWN_FORGET, OWN_RETAIN, quick
+from torch.optim import AdamW
 
 from alter_demo import METHOD_NAMES, data, load_model, load_run, runs, unlearn
 from alter_demo.adapter import AlterConfig
@@ -16,7 +19,7 @@ from alter_demo.answers import greedy, log_probs
 from alter_demo.cli import main, show_run
 from alter_demo.errors import Interrupted, UserError
 from alter_demo.methods import METHODS
-from alter_demo.results import shortfalls
+from alter_demo.results import read_results, shortfalls, write_json
 from alter_demo.runs import UnlearnConfig
 from alter_demo.subdomains import fit_gate
 from alter_demo.teaching import LearnConfig, learn
@@ -126,6 +129,8 @@ def test_what_a_run_falls_short_of_is_told(tiny, made, capsys):
     assert "12 of the 20 forget samples were seen" in shortfalls(run.metrics)[1]
     run.metrics["config"]["train"]["stop_ratio"] = 1e-12  # as on plain texts
     assert shortfalls(run.metrics)[1] == "12 of the 20 forget samples were seen."
+    run.metrics["phase_one"]["samples"]["retain_given"] = 40
+    assert "6 of the 40 samples of what must stay were used" in shortfalls(run.metrics)[2]
     published = unlearn(str(tiny), made, UnlearnConfig("alter"), quick("alter"), folder=None)
     published.metrics["phase_one"]["router"]["forget_open_at_answer"] = 0.25  # it acts everywhere
     assert not any("gate" in told for told in shortfalls(published.metrics))
@@ -283,6 +288,37 @@ def test_a_failing_run_leaves_nothing(tiny, made, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         unlearn(str(tiny), made, UnlearnConfig(threshold="auto"), quick(), "x", tmp_path / "runs", evaluate=False)
     assert os.listdir(tmp_path / "runs") == []
+    with pytest.raises(UserError, match="No space left"):
+        write_json(tmp_path / "results" / "r.json", {})
+    assert os.listdir(tmp_path / "results") == []
+    with pytest.raises(UserError, match="is a folder"):
+        read_results(tmp_path)
+
+
+def test_a_model_whose_makers_sample_strangely_is_kept_too(tiny, made, tmp_path):
+    """transformers saves no generation_config that contradicts itself, and some on the hub do."""
+    shutil.copytree(tiny, tmp_path / "m")
+    odd = json.loads((tiny / "generation_config.json").read_text()) | {"temperature": 0.6, "do_sample": False}
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps(odd))
+    run = unlearn(str(tmp_path / "m"), made, UnlearnConfig("grad_diff"), quick("grad_diff"), "r", tmp_path)
+    assert load_run(run.path).model.generation_config.eos_token_id == 2
+
+
+def test_a_text_beyond_the_models_positions_is_one_sentence(tiny, made, tmp_path):
+    shutil.copytree(tiny, tmp_path / "m")
+    config = json.loads((tiny / "config.json").read_text()) | {"max_position_embeddings": 8}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="this model reads 8 at most"):
+        unlearn(str(tmp_path / "m"), made, UnlearnConfig(threshold="auto"), quick(), folder=None)
+
+
+def test_a_run_that_nobody_uses_is_gone_when_the_next_model_is_loaded(tiny, made):
+    run = unlearn(str(tiny), made, UnlearnConfig(threshold="auto"), quick(), folder=None, evaluate=False)
+    assert not [o for o in gc.get_objects() if type(o) is AdamW]  # the optimizer went with the training
+    weights = weakref.ref(run.lm.model)
+    del run
+    load_model(str(tiny))
+    assert weights() is None
 
 
 def test_plain_text_can_be_forgotten(tiny, few, tmp_path):
@@ -539,3 +575,6 @@ def test_learned_adapter_is_small_merges_and_can_be_unlearned(tiny, made, tmp_pa
     assert again.answer(prompts[:2], max_new_tokens=6) == run.answer(prompts[:2], max_new_tokens=6)
     with pytest.raises(UserError, match="exists already"):
         learn(lm, made, "target", folder)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="can't be made"):  # before anything is learned
+        learn(lm, made, "target", tmp_path / "file" / "x", on_step=lambda *a: pytest.fail("it learned first"))

@@ -228,6 +228,24 @@ def test_a_visitor_who_left_while_waiting_gets_no_job(tmp_path, monkeypatch):
     assert not began and "the tab was closed" in said[-1] and not jobs.OWNER
 
 
+def test_a_page_open_to_others_offers_no_folder_of_the_machine(monkeypatch):
+    from alter_demo import jobs
+    from alter_demo.errors import UserError
+
+    assert jobs.offered("/home/me/model") == "/home/me/model"  # on 127.0.0.1
+    monkeypatch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")
+    monkeypatch.setenv("ALTER_MODELS", "/srv/shown, org/model")
+    assert [jobs.offered(x) for x in ("smollm2-135m", "/srv/shown", "org/model")]
+    with pytest.raises(UserError, match="offers smollm2-135m, /srv/shown, org/model only"):
+        jobs.offered("/home/me/model")
+
+
+def test_the_slider_reaches_a_threshold_of_a_small_q():
+    from alter_demo import jobs
+
+    assert jobs.threshold_slider({"threshold": 46.9}).preprocess(46.9) == 46.9
+
+
 def test_a_damaged_run_does_not_keep_the_page_from_opening(tmp_path, monkeypatch):
     from alter_demo import jobs
 
@@ -241,5 +259,7 @@ def test_a_damaged_run_does_not_keep_the_page_from_opening(tmp_path, monkeypatch
         (tmp_path / "r" / "metrics.json").write_text(content)
         assert "Runs on" in jobs.expected_time()
         assert "damaged" in jobs.run_view("r")[0]
+    (tmp_path / "r" / "metrics.json").write_text('{"seconds": {"unlearn": 7, "evaluate": 0}, "measured": false}')
+    assert "the last run here" not in jobs.expected_time()  # it is being measured, or was stopped
     (tmp_path / "r").rename(tmp_path / ".new-r")
     assert jobs.run_names() == []
