@@ -25,6 +25,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from peft.utils import PeftType, register_peft_method
 from torch import nn
+from transformers import DynamicCache
 
 from .entropy import PUBLISHED_THRESHOLD, entropy_range, tsallis_entropy
 from .errors import UserError
@@ -218,6 +219,9 @@ def routed_forward(model, *args, **kwargs):
     if args:
         kwargs["input_ids"], args = args[0], args[1:]
     past = kwargs.get("past_key_values")
+    cached = kwargs.get("use_cache")
+    if past is None and (model.config.use_cache if cached is None else cached) and not torch.is_grad_enabled():
+        past = kwargs["past_key_values"] = DynamicCache(config=model.config)  # that the model would make, with a twin
     twin = getattr(past, "alter_twin", None)
     if past is not None and twin is None:
         twin = past.alter_twin = Twin(past)

@@ -63,11 +63,14 @@ def generated(lm: LM, inputs: list[list[int]], model=None, tick=None, **how) -> 
     model, copies = model or lm.model, how.get("num_return_sequences", 1)
     samples = [Sample(ids, 0) for ids in inputs]
     config = plain_generation(lm, **how)
+    windowed = getattr(lm.model.config.get_text_config(), "sliding_window", None)
     answers, done = [[] for _ in inputs], 0
     lengths = [(len(s.ids) + how["max_new_tokens"]) * copies for s in samples]
     for batch in length_batches(lengths, BATCH_TOKENS):
         b = collate([samples[i] for i in batch], lm.tokenizer.pad_token_id, lm.device)
-        out = model.generate(input_ids=b["input_ids"], attention_mask=b["attention_mask"], generation_config=config)
+        # a cache that forgets what left the window can't be taken back, and ALTER would keep two from the start
+        cache = {"past_key_values": DynamicCache()} if windowed else {}
+        out = model.generate(**{k: b[k] for k in ("input_ids", "attention_mask")}, generation_config=config, **cache)
         said = lm.tokenizer.batch_decode(out[:, b["input_ids"].shape[1] :], skip_special_tokens=True)
         for row, i in enumerate(batch):
             answers[i] = [x.strip() for x in said[row * copies : (row + 1) * copies]]

@@ -23,6 +23,7 @@ SETS = Path(__file__).parent / "sets"
 ASSETS = Path(__file__).parent.parent / "assets"
 MAX_BYTES = 50 * 2**20
 WMDP_TEXTS, WMDP_CHARACTERS = 400, 2000  # of each corpus: papers are long
+DATE = "10 Apr 2025"  # open-unlearning's; some templates write today's into the prompt, which would change every day
 MAX_TOKENS = 512  # longer texts are cut into windows of this length
 
 
@@ -313,10 +314,8 @@ def benchmark(folder: str, file: str, hub_id: str, first: int | None = None) -> 
     the hub."""
     if root := os.environ.get("ALTER_DATA_DIR"):
         paths = [Path(root).expanduser() / folder / f"{file}.{suffix}" for suffix in ("json", "jsonl")]
-        found = next((p for p in paths if p.is_file()), None)
-        if found is None:
-            raise UserError(f"{paths[0]} is not there: ALTER_DATA_DIR must hold {folder}/{file}.json.")
-        return read_file(found, first)
+        if found := next((p for p in paths if p.is_file()), None):
+            return read_file(found, first)
     from datasets import load_dataset
 
     try:
@@ -329,8 +328,8 @@ def benchmark(folder: str, file: str, hub_id: str, first: int | None = None) -> 
             rows = load_dataset(hub_id, file, split="train")
     except Exception as error:  # the hub's client raises a dozen kinds, all of which mean the same to a person
         raise UserError(
-            f"{hub_id} could not be fetched from the hub ({type(error).__name__}): check the network, or set "
-            f"ALTER_DATA_DIR to a folder that holds {folder}/{file}.json."
+            f"{hub_id} could not be fetched from the hub ({type(error).__name__}): check the network, or put "
+            f"{folder}/{file}.json into the folder that ALTER_DATA_DIR names."
         ) from None
     return [make_item(dict(row), f"{hub_id} row {i}") for i, row in enumerate(rows, 1)]
 
@@ -461,10 +460,23 @@ class Sample:
 def render_prompt(tokenizer, question: str) -> list[int]:
     """Tokens up to the place where the answer starts, through the chat template where there is one."""
     if tokenizer.chat_template:
-        messages = [{"role": "user", "content": question}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False).input_ids
+        return tokenizer(chat(tokenizer, question), add_special_tokens=False).input_ids
     return tokenizer(f"Question: {question}\nAnswer:").input_ids
+
+
+def chat(tokenizer, question: str) -> str:
+    messages = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, date_string=DATE)
+
+
+def continued(tokenizer, question: str, prompt: list[int], answer: str) -> list[int]:
+    """The answer's tokens after a chat's prompt. Alone it would begin with a space for SentencePiece (Zephyr, Llama 2),
+    which is not how the model begins."""
+    if tokenizer.chat_template:
+        whole = tokenizer(chat(tokenizer, question) + answer, add_special_tokens=False).input_ids
+        if whole[: len(prompt)] == prompt:
+            return whole[len(prompt) :]
+    return tokenizer(answer, add_special_tokens=False).input_ids
 
 
 def render(tokenizer, item: Item) -> list[Sample]:
@@ -473,9 +485,10 @@ def render(tokenizer, item: Item) -> list[Sample]:
         prompt = render_prompt(tokenizer, item.question)
         turn, lead = len(prompt), "" if tokenizer.chat_template else " "
         if item.lead:
-            prompt += tokenizer(lead + item.lead, add_special_tokens=False).input_ids
-            lead = ""
-        answer = tokenizer(lead + item.answer, add_special_tokens=False).input_ids
+            prompt = prompt + continued(tokenizer, item.question, prompt, lead + item.lead)
+            answer = tokenizer(item.answer, add_special_tokens=False).input_ids
+        else:
+            answer = continued(tokenizer, item.question, prompt, lead + item.answer)
         return [Sample((prompt + answer[:MAX_TOKENS] + [tokenizer.eos_token_id]), len(prompt), turn=turn)]
     ids = tokenizer(item.answer).input_ids
     windows = [ids[i : i + MAX_TOKENS] for i in range(0, len(ids), MAX_TOKENS)]

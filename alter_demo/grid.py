@@ -231,6 +231,8 @@ class Bench:
             steps = math.ceil(FULL_PASSES * share * windows / train.batch_size)
             train = replace(train, max_steps=max(train.max_steps, steps))
             asking = replace(asking, retain=max(asking.retain, train.max_steps * train.batch_size))
+        if self.made.name.startswith("wmdp-"):
+            asking = replace(asking, retain=max(asking.retain, train.max_steps * train.batch_size))
         return asking, train
 
     def settings(self, method: str, seed: int, overrides: dict) -> dict[str, dict]:

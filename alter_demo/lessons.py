@@ -172,8 +172,8 @@ def record(route: str, weights=(0.0, 0.0), word=" so") -> TokenRecord:
 
 
 def frames():
-    table = pd.DataFrame({"word": ["owl", "Ron", "the", "Ron"], "route": ["B", "B", "A", "B"]})
-    return [((table, "B"), ["Ron", "owl"]), ((table, "A"), ["the"])]
+    table = pd.DataFrame({"word": ["owl", "Ron", "the", "owl"], "route": ["B", "B", "A", "B"]})
+    return [((table, "B"), ["owl", "Ron"]), ((table, "A"), ["the"])]
 
 
 def truths():
@@ -239,7 +239,7 @@ EXERCISES: dict[str, tuple[Callable, str]] = {
     ),
     "top_words": (frames, "Keep the rows of that route, count the words, the most frequent first."),
     "acting_expert": (
-        lambda: [(([1.0, 0.2, 0.8],), 2), (([1.0, 1.0, 0.0],), 1), (([0.0, 0.0, 0.0],), 0)],
+        lambda: [(([1.0, 0.2, 0.8],), 2), (([1.0, 0.8, 0.2],), 1), (([1.0, 1.0, 0.0],), 1), (([0.0, 0.0, 0.0],), 0)],
         "Column 0 is B_r, which stands beside the others; all zero means that nothing acts: 0.",
     ),
     "answer_probability": (

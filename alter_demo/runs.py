@@ -440,7 +440,9 @@ def prepare(
     """Phase I: the frozen model's view of every sample; for ALTER also sub-domains and router."""
     rng = random.Random(train.seed)
     forget = rendered(lm, made.trained_on)
-    keep, general = (rendered(lm, items, RETAIN_TOKENS) for items in (made.retain, made.general))
+    # texts stay whole: the gate must see what stays at the length of what goes
+    keep = rendered(lm, made.retain, None if made.of_texts else RETAIN_TOKENS)
+    general = rendered(lm, made.general, RETAIN_TOKENS)
     given = len(keep)
     keep = rng.sample(keep, min(given, max(0, config.retain - len(general))))
     samples = [*forget, *keep, *general]

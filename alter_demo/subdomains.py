@@ -23,6 +23,7 @@ MIN_SILHOUETTE = 0.05  # below it the forget set has one sub-domain
 NEAR_BEST = 0.8  # the smallest N within this share of the best score: every further expert sees fewer samples
 MAX_LEAK = 0.02  # share of retain samples on which the calibrated gate may open anywhere
 CALIBRATION_SHARE = 0.25
+FITTED_TOKENS = 100_000  # of a 7B model these are 1.6 GB of features
 NEAREST = 5  # questions shown beside a centre
 
 
@@ -65,7 +66,8 @@ def contexts(records: list[Record], samples: list[Sample], config) -> np.ndarray
 def fit_gate(records: list[Record], samples: list[Sample], config, seed: int):
     """Multinomial logistic regression from token features to {r, f_1..f_N}; convex, so it needs no initial centroid.
 
-    Tokens that all samples begin with (the system prompt) say nothing and count as r. A quarter of the samples stays
+    Tokens that all samples begin with (the system prompt; none where plain texts are among them) say nothing and count
+    as r. Of very many tokens every k-th is taken. A quarter of the samples stays
     out of the fit to calibrate the two-level threshold: the smallest from 0.5 at which at most 2 % of the retain
     samples open the gate anywhere. Where an item gives several samples (a text's views, Harry Potter's two answers to
     a question), some of them may be in the fit and others out of it.
@@ -82,10 +84,11 @@ def fit_gate(records: list[Record], samples: list[Sample], config, seed: int):
         if held_out[own].all():
             held_out[own[0]] = False
     prefix = common_prefix([s.ids for s in samples])
+    every = 1 + sum(len(s.ids) for s in samples) // FITTED_TOKENS
     x, y = [], []
     for record, sample, out in zip(records, samples, held_out, strict=True):
         if not out:
-            own = sample_features(record, config)[prefix:]
+            own = sample_features(record, config)[prefix:][::every]
             x.append(own)
             y += [sample.label] * len(own)
     start = sample_features(records[0], config)[:prefix]

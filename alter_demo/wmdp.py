@@ -107,11 +107,13 @@ def own_progress():
 
 def scores(lm, model, tasks: list, limit: int | None = None, all_stay: bool = False) -> dict[str, float]:
     """What a results file holds: `TASK_acc` for each, `forget_acc` (the first, unless all are to stay) and `kept_acc`
-    (mean of the others)."""
+    (mean of the others; of these not WMDP's, which nobody wants to keep, if there is anything else)."""
     found = accuracy(lm, model, tasks, limit)
-    kept = list(found.values())
-    forget = {} if all_stay else {"forget_acc": kept.pop(0)}
-    return {f"{k}_acc": v for k, v in found.items()} | forget | {"kept_acc": sum(kept) / len(kept)}
+    first, *others = found
+    forget = {} if all_stay else {"forget_acc": found[first]}
+    others = [first, *others] if all_stay else [k for k in others if not k.startswith("wmdp")] or others
+    kept = {"kept_acc": sum(found[k] for k in others) / len(others)}
+    return {f"{k}_acc": v for k, v in found.items()} | forget | kept
 
 
 def fluency(log, before=None) -> dict[str, float]:

@@ -36,7 +36,8 @@ print("threshold of S_q:", round(run.router.config.threshold, 3), " experts:", r
 
 # %% [markdown]
 # ## One answer
-# A token record holds what both models thought of a token: `S_q`, the route, the expert's weights, the probabilities.
+# A token record holds what both models thought at a token. `S_q`, route, expert and the likeliest next are of the prediction made
+# there, of what follows; `log p` is of the token itself, and so comes from the record before.
 
 # %%
 records = run.tokens("Harry Potter goes to school at Hogwarts.", "Where does Harry Potter go to school?")

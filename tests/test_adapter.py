@@ -4,11 +4,14 @@ import copy
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import SMALL, VOCAB, make_model
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
 from alter_demo.adapter import AlterConfig, AlterLinear, ExpertDelta
+from alter_demo.answers import generated
 from alter_demo.errors import UserError
+from alter_demo.models import LM
 from alter_demo.routing import Plan
 from alter_demo.training import router_state
 
@@ -49,6 +52,19 @@ def test_generation_cached_equals_uncached_and_batched_equals_single(any_model, 
         assert torch.equal(single[0, own.shape[1] :], cached[i, 12:])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("gate", ["two_level", "softmax"])
+def test_a_loop_that_lets_the_model_make_its_cache(any_model, gate):
+    made, ids = adapted(any_model, gate), torch.arange(3, 15)[None]
+    whole = made(input_ids=ids, use_cache=False).logits
+    out = made(input_ids=ids[:, :4])
+    steps = [out.logits]
+    for t in range(4, 12):
+        out = made(input_ids=ids[:, t : t + 1], past_key_values=out.past_key_values)
+        steps.append(out.logits)
+    assert torch.allclose(torch.cat(steps, 1), whole, atol=1e-4)
+
+
 def test_beams_move_both_caches(any_model, batch):
     made = adapted(any_model)
     beams = GENERATE | {"num_beams": 3}
@@ -71,6 +87,19 @@ def test_frozen_answer_is_reused_until_an_expert_acts(batch):
     calls.clear()
     made.generate(**batch, **GENERATE)
     assert len(calls) == 24
+
+
+def test_a_sliding_window_that_nothing_leaves_costs_no_second_pass(tiny):
+    """Zephyr's config has one; `generate` would make a cache of it that can't be taken back."""
+    model = AutoModelForCausalLM.from_config(MistralConfig(**SMALL, vocab_size=VOCAB, sliding_window=64)).eval()
+    made, calls = adapted(model), []
+    gate = made.get_base_model().token_router.alter_gate["default"]
+    gate.zero_()
+    gate[0, -1] = 50.0  # r everywhere
+    model.model.register_forward_hook(lambda *_: calls.append(1))
+    lm = LM(model, AutoTokenizer.from_pretrained(tiny), "m", "cpu", "float32")
+    generated(lm, [[3, 4, 5]], made, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert len(calls) == 6
 
 
 @pytest.mark.parametrize("gate", ["two_level", "softmax"])

@@ -3,10 +3,11 @@ import os
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from alter_demo.answers import is_right
-from alter_demo.data import Item, Sample, asked_differently, collate, load_forget_set, read_file, render
+from alter_demo.data import Item, Sample, asked_differently, collate, load_forget_set, read_file, render, render_prompt
 from alter_demo.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -170,8 +171,21 @@ def test_rendering_keeps_the_loss_on_the_answer(tiny):
     (sample,) = render(tokenizer, Item("How are you?", "Fine."))
     assert tokenizer.decode(sample.ids[sample.start :]) == "Fine.<|im_end|>"
     assert tokenizer.decode(sample.ids[: sample.start]).endswith("<|im_start|>assistant\n")
+    tokenizer.chat_template += "{{ date_string }}"  # as Llama 3.2's, which takes today's where none is given
+    assert tokenizer.decode(render_prompt(tokenizer, "How?")).endswith("10 Apr 2025")
     windows = render(tokenizer, Item("", "word " * 2000))
     assert len(windows) > 2 and all(w.start == 1 and len(w.ids) <= 512 for w in windows)
+
+
+def test_an_answer_begins_as_the_model_would_begin_it():
+    """SentencePiece puts a space before a text, and none after the chat's line feed."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "\n": 4} | {c: i for i, c in enumerate("QPa?", 5)}
+    backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    tokenizer.chat_template = "{{ messages[0]['content'] + '\n' }}"
+    (sample,) = render(tokenizer, Item("Q?", "Pa"))
+    assert tokenizer.convert_ids_to_tokens(sample.ids) == ["▁", "Q", "?", "\n", "P", "a", "</s>"] and sample.start == 4
 
 
 def test_collate_lines_up_answers_at_the_end():
