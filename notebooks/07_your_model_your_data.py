@@ -113,7 +113,7 @@ from alter_demo import learn, load_model
 from alter_demo.teaching import LearnConfig
 
 everything = replace(made, retain=[*made.retain, *made.neighbours])
-folder = learn(load_model(dtype="float32"), everything, "target", work / "tuned", LearnConfig(epochs=24, batch_size=8))
+folder = learn(load_model(dtype="float32"), everything, "target", work / "tuned", LearnConfig(epochs=14, batch_size=4, lr=1e-3))
 tuned = load_model(dtype="float32", adapter=folder)
 
 # %%
@@ -131,7 +131,7 @@ dict(zip(asked, greedy(tuned, asked, 24), strict=True))
 from alter_demo import UnlearnConfig, train_config, unlearn
 
 config = UnlearnConfig(general=24)
-train = train_config("alter_selective", max_steps=18, stop_ratio=0.01)
+train = train_config("alter_selective", max_steps=18, batch_size=2, stop_ratio=0.01)
 run = unlearn(tuned, made, config, train, name="mine", folder=work, evaluate=False)
 after = run.answer(asked, max_new_tokens=24)
 dict(zip(asked, after, strict=True))

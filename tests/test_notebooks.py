@@ -14,7 +14,7 @@ from alter_demo import lessons
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
-SECONDS = 240  # each at most: three minutes on 2 free cores, and a third more where they are not
+SECONDS = 180  # each at most, on 2 cores
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 SOLUTION = re.compile(r"<details><summary>Solution</summary>\n\n```python\n(.*?)```\n</details>", re.DOTALL)
 
