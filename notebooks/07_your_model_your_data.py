@@ -113,7 +113,9 @@ from alter_demo import learn, load_model
 from alter_demo.teaching import LearnConfig
 
 everything = replace(made, retain=[*made.retain, *made.neighbours])
-folder = learn(load_model(dtype="float32"), everything, "target", work / "tuned", LearnConfig(epochs=14, batch_size=4, lr=1e-3))
+folder = learn(
+    load_model(dtype="float32"), everything, "target", work / "tuned", LearnConfig(epochs=14, batch_size=4, lr=1e-3)
+)
 tuned = load_model(dtype="float32", adapter=folder)
 
 # %%
