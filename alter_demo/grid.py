@@ -220,18 +220,18 @@ class Bench:
         return json.dumps([method, seed, asdict(self.config), overrides, *([loaded] if loaded else [])], sort_keys=True)
 
     def configs(self, method: str, seed: int, values: dict) -> tuple[UnlearnConfig, TrainConfig]:
-        """`configs` for this set: FULL_PASSES at least, and as many retain samples, where all of it is measured. A
-        share of plain texts takes its share of their steps."""
+        """`configs` for this set: FULL_PASSES at least, and as many retain samples, where all of it is measured; as
+        many of WMDP's corpora, too. A share of plain texts takes its share of their steps."""
         asking, train = configs(method, values, seed, self.made.of_texts)
         share = values.get("share", 1)
         if self.made.of_texts and "max_steps" not in values:
             train = replace(train, max_steps=math.ceil(share * train.max_steps))
-        if self.config.limit is None and self.made.learned and "max_steps" not in values:
+        whole = self.config.limit is None and self.made.learned and "max_steps" not in values
+        if whole:
             windows = sum(max(1, math.ceil(len(i.answer) / WINDOW)) for i in self.made.trained_on)
             steps = math.ceil(FULL_PASSES * share * windows / train.batch_size)
             train = replace(train, max_steps=max(train.max_steps, steps))
-            asking = replace(asking, retain=max(asking.retain, train.max_steps * train.batch_size))
-        if self.made.name.startswith("wmdp-"):
+        if whole or self.made.name.startswith("wmdp-"):
             asking = replace(asking, retain=max(asking.retain, train.max_steps * train.batch_size))
         return asking, train
 
