@@ -457,38 +457,41 @@ class Sample:
     refusal: bool = False  # "I don't know" to a forget question: what to say instead
 
 
-def render_prompt(tokenizer, question: str) -> list[int]:
-    """Tokens up to the place where the answer starts, through the chat template where there is one."""
-    if tokenizer.chat_template:
-        return tokenizer(chat(tokenizer, question), add_special_tokens=False).input_ids
-    return tokenizer(f"Question: {question}\nAnswer:").input_ids
-
-
-def chat(tokenizer, question: str) -> str:
+def prompt_text(tokenizer, question: str) -> str:
+    if not tokenizer.chat_template:
+        return f"Question: {question}\nAnswer:"
     messages = [{"role": "user", "content": question}]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, date_string=DATE)
 
 
-def continued(tokenizer, question: str, prompt: list[int], answer: str) -> list[int]:
-    """The answer's tokens after a chat's prompt. Alone it would begin with a space for SentencePiece (Zephyr, Llama 2),
-    which is not how the model begins."""
-    if tokenizer.chat_template:
-        whole = tokenizer(chat(tokenizer, question) + answer, add_special_tokens=False).input_ids
-        if whole[: len(prompt)] == prompt:
-            return whole[len(prompt) :]
-    return tokenizer(answer, add_special_tokens=False).input_ids
+def prompt_ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids  # a template brings its own
+
+
+def render_prompt(tokenizer, question: str) -> list[int]:
+    """Tokens up to the place where the answer starts, through the chat template where there is one."""
+    return prompt_ids(tokenizer, prompt_text(tokenizer, question))
+
+
+def continued(tokenizer, text: str, prompt: list[int], more: str) -> list[int]:
+    """The tokens of `more` after `text`, whose tokens are `prompt`. Alone it would begin with a space for SentencePiece
+    (Zephyr, Llama 2), which is not how the model begins an answer."""
+    whole = prompt_ids(tokenizer, text + more)
+    if whole[: len(prompt)] == prompt:
+        return whole[len(prompt) :]
+    return tokenizer(more, add_special_tokens=False).input_ids
 
 
 def render(tokenizer, item: Item) -> list[Sample]:
     """One sample of a question and its answer; a text gives a sample for each window of `MAX_TOKENS`."""
     if item.question:
-        prompt = render_prompt(tokenizer, item.question)
-        turn, lead = len(prompt), "" if tokenizer.chat_template else " "
+        text, gap = prompt_text(tokenizer, item.question), "" if tokenizer.chat_template else " "
+        prompt = prompt_ids(tokenizer, text)
+        turn = len(prompt)
         if item.lead:
-            prompt = prompt + continued(tokenizer, item.question, prompt, lead + item.lead)
-            answer = tokenizer(item.answer, add_special_tokens=False).input_ids
-        else:
-            answer = continued(tokenizer, item.question, prompt, lead + item.answer)
+            prompt = prompt + continued(tokenizer, text, prompt, gap + item.lead)
+            text, gap = text + gap + item.lead, ""
+        answer = continued(tokenizer, text, prompt, gap + item.answer)
         return [Sample((prompt + answer[:MAX_TOKENS] + [tokenizer.eos_token_id]), len(prompt), turn=turn)]
     ids = tokenizer(item.answer).input_ids
     windows = [ids[i : i + MAX_TOKENS] for i in range(0, len(ids), MAX_TOKENS)]

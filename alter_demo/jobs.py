@@ -210,12 +210,11 @@ def unlearn_job(model, forget, upload, keep, method, steps, rank, experts, limit
 
                 if STOP.get(request.session_hash) is not stop:
                     raise Interrupted  # the tab was closed while another one's job ran
-                named = offered(model)
                 LOADED.clear()  # frees the last run's model
                 made = load_forget_set(str(upload) if upload else forget, str(keep) if keep else None)
                 result["what"] = f"{method} on {plain(made.name)}. "
                 run = unlearn(
-                    named, made,
+                    offered(model), made,
                     UnlearnConfig(method=method, n_experts=int(experts) or None, r=int(rank), limit=int(limit)),
                     train_config(method, made.of_texts, max_steps=int(steps) or None, seed=int(seed or 0)),
                     folder=RUNS, should_stop=stop.is_set,

@@ -109,11 +109,10 @@ def scores(lm, model, tasks: list, limit: int | None = None, all_stay: bool = Fa
     """What a results file holds: `TASK_acc` for each, `forget_acc` (the first, unless all are to stay) and `kept_acc`
     (mean of the others; of these not WMDP's, which nobody wants to keep, if there is anything else)."""
     found = accuracy(lm, model, tasks, limit)
-    first, *others = found
-    forget = {} if all_stay else {"forget_acc": found[first]}
-    others = [first, *others] if all_stay else [k for k in others if not k.startswith("wmdp")] or others
-    kept = {"kept_acc": sum(found[k] for k in others) / len(others)}
-    return {f"{k}_acc": v for k, v in found.items()} | forget | kept
+    kept = list(found)
+    forget = {} if all_stay else {"forget_acc": found[kept.pop(0)]}
+    kept = [k for k in kept if not k.startswith("wmdp")] or kept
+    return {f"{k}_acc": v for k, v in found.items()} | forget | {"kept_acc": sum(found[k] for k in kept) / len(kept)}
 
 
 def fluency(log, before=None) -> dict[str, float]:
