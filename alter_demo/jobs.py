@@ -42,6 +42,7 @@ LOADED: dict[tuple[str, int], object] = {}  # runs in memory, two at most
 GPU_SECONDS = 120  # that a job may hold a lent GPU
 TICK = 0.5  # seconds between two updates of the page
 LOSS_COLUMNS = ["step", "value", "part"]
+PROBE = "probe, share of its start"
 LIVE_COLUMNS = ["set", "question", "at the start", "now"]
 MAX_PROMPT, MAX_TEXT = 4000, 20_000
 UNTOUCHED = "the untouched model"
@@ -245,7 +246,10 @@ def unlearn_job(model, forget, upload, keep, method, steps, rank, experts, limit
                 first = first or {q: a for _, q, a in of}
                 live = [[group, q, first[q], a] for group, q, a in of]
             else:
-                parts = {k: what[k] for k in ("forget", "retain", "refusal", "structure", "probe") if k in what}
+                # the plot keeps the lines that it was first given, and the probe is looked at every few steps only
+                rows = rows or [{"step": 0, "value": 1.0, "part": PROBE}]
+                names = {k: k for k in ("forget", "retain", "refusal", "structure")} | {"probe_share": PROBE}
+                parts = {name: what[k] for k, name in names.items() if k in what}
                 rows += [{"step": what["step"], "value": v, "part": k} for k, v in parts.items()]
                 left = (of - what["step"]) * what["seconds"] / what["step"]
                 now = f"Step {what['step']} of at most {of}, {left:.0f} s left at most."

@@ -365,6 +365,7 @@ class Progress(TrainerCallback):
             entry["probe"] = self.probe(state.global_step)
             if not math.isfinite(entry["probe"]):
                 raise Diverged
+            entry["probe_share"] = entry["probe"] / (self.history[0]["probe"] or 1.0)  # of what it began with
             if self.target is not None and entry["probe"] <= self.target:
                 self.stopped, control.should_training_stop = "the probe reached its target", True
         self.history.append(entry)

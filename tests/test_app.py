@@ -113,7 +113,8 @@ def test_a_whole_run_then_every_tab(page, server, tiny, own_data):
     faults = barriers(page)
     assert re.search(r"forget held out", page.locator("#numbers-table").inner_text())
     assert "What colour has the door" in page.locator("#live").inner_text()
-    assert page.locator("svg .plot_marks path").count() >= 4  # a line for each part of the loss, and the probe
+    assert page.locator("svg .plot_marks path").count() >= 5  # a line for each part of the loss, and the probe
+    expect(page.locator("svg").get_by_text("probe, share of its start")).to_be_visible()
     (run,) = [p for p in (server[1] / "runs").iterdir() if p.is_dir()]
     assert (run / "metrics.json").is_file()
     with page.expect_download() as download:
