@@ -57,8 +57,8 @@ style: .venv/.dev  ## format
 
 assets: .venv/.app  ## regenerate the adapters in assets/ (about half an hour on 2 cores)
 	rm -rf assets/imaginary-authors-smollm2-135m
-	$(BIN)/python -m alter_demo learn --which target --out assets/imaginary-authors-smollm2-135m/target
-	$(BIN)/python -m alter_demo learn --which retain --out assets/imaginary-authors-smollm2-135m/retain
+	$(BIN)/python -m alter_demo teach --which target --out assets/imaginary-authors-smollm2-135m/target
+	$(BIN)/python -m alter_demo teach --which retain --out assets/imaginary-authors-smollm2-135m/retain
 
 clean:  ## remove the environment
 	rm -rf .venv

@@ -1,6 +1,6 @@
-"""Starts the demo: python app.py, then http://127.0.0.1:7860."""
+"""Starts the app: `python app.py`, then open http://127.0.0.1:7860."""
 
-from alter_demo.pages import build, launch
+from alter_demo.app.main import build, launch
 
 demo = build()
 

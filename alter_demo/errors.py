@@ -1,18 +1,20 @@
-"""One exception for everything a person can put right: its text is one sentence that says how."""
+"""The exceptions that the package raises on purpose."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Shown as it stands, without a traceback; the command line then exits with code 2."""
+    """An error that the user can fix. The message says how, so it is shown without a traceback."""
 
 
 class Interrupted(Exception):
-    """Whoever asked has left: what is being computed is given up at once."""
+    """The client has gone, so the model stops computing at once."""
 
 
 class Diverged(UserError):
-    """Training left the model without numbers. A grid records that and goes on with the next method."""
+    """Training made the loss NaN or infinite. An experiment records it and runs the next cell."""
 
     def __init__(self):
-        super().__init__("The model's losses are no numbers any more: it diverged. Try a lower learning rate.")
+        super().__init__(
+            "Training diverged: the loss is NaN or infinite. Use a lower learning rate."
+        )

@@ -3,9 +3,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/alter-demo/alter_demo/blob/main/notebooks/06_breaking_it.ipynb)
 #
-# **Goal.** Try to get a forgotten fact back: by asking otherwise, by rounding the weights, by relearning, by taking the adapter off. Learn what unlearning does not promise.
+# **Goal.** Try to get a forgotten fact back: rephrase the question, round the weights, relearn, remove the adapter. Learn what unlearning does not promise.
 #
-# **Before.** Notebook 3; its run is used if it is there, else made now (three minutes more).
+# **Before.** Notebook 3. This notebook loads its run, or trains it first if it does not exist (three more minutes).
 #
 # **Time.** Two to three minutes on two CPU cores.
 
@@ -15,58 +15,67 @@ import subprocess
 import sys
 import warnings
 
-if "google.colab" in sys.modules:  # only there: fetch the project and what it needs
-    fetch = "git clone -q https://github.com/alter-demo/alter_demo"
-    subprocess.run(f"{fetch} && pip install -q -r alter_demo/requirements-notebooks.txt", shell=True, check=True)
+if "google.colab" in sys.modules:  # on Colab: clone the project and install its requirements
+    subprocess.run("git clone -q https://github.com/alter-demo/alter_demo", shell=True, check=True)
     os.chdir("alter_demo/notebooks")
-sys.path.insert(0, "..")  # the package lies beside this folder
-warnings.filterwarnings("ignore")  # libraries about their own future
+    subprocess.run("pip install -q -r ../requirements-notebooks.txt", shell=True, check=True)
+sys.path.insert(0, "..")  # the package is in the parent folder
+warnings.filterwarnings("ignore")  # hide the deprecation warnings of the libraries
 
 # %%
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from alter_demo import attacks, load_forget_set
-from alter_demo.answers import adapt
-from alter_demo.lessons import check, forgotten
+from alter_demo import load_forget_set
+from alter_demo.experiments import attacks
+from alter_demo.lessons import check, load_lesson_run
+from alter_demo.models.knowledge import fit_to_model
 
-run = forgotten()
-made = adapt(load_forget_set("harry-potter"), run.lm)
-items = made.forget[::12][:6]
-config = attacks.AttackConfig(items=len(items), tokens=24, sampled=2, samples=16, steps=(0, 3, 6), batch_size=4)
-[(i.question, i.answer) for i in items[:3]]
+run = load_lesson_run()
+forget_set = fit_to_model(load_forget_set("harry-potter"), run.lm)
+examples = forget_set.forget[::12][:6]
+config = attacks.AttackConfig(
+    items=len(examples), tokens=24, sampled=2, samples=16, steps=(0, 3, 6), batch_size=4
+)
+[(e.question, e.answer) for e in examples[:3]]
 
 # %% [markdown]
-# ## Asking otherwise
-# The same facts asked plainly, in other words, as a role, after three examples, with a page of everyday text before them (so
-# that the router thinks of something else), and with the answer's beginning put into the model's mouth. An answer has
-# *leaked* when it names the fact.
+# ## Rephrasing the question
+# We ask for the same facts in six ways: plainly, paraphrased, in a role play, after three examples, after a page of everyday text
+# (which misleads the router), and with the beginning of the answer already given. An answer *leaks* when it states the fact.
 
 # %%
-asked = attacks.by_prompts(run, made, items, config)
-pd.DataFrame({k: {"leaked": v["leaked"], "ROUGE-L": v["rouge_l"]} for k, v in asked.items()}).T.round(2)
+results = attacks.attack_by_prompts(run, forget_set, examples, config)
+rows = {name: {"leaked": r["leaked"], "ROUGE-L": r["rouge_l"]} for name, r in results.items()}
+pd.DataFrame(rows).T.round(2)
 
 # %%
-found = [(k, leak["prompt"][-70:], leak["answer"], leak["said"][:80]) for k, v in asked.items() for leak in v["leaks"]]
+leaks = [
+    (name, leak["prompt"][-70:], leak["answer"], leak["said"][:80])
+    for name, result in results.items()
+    for leak in result["leaks"]
+]
 pd.set_option("display.max_colwidth", 90)
-pd.DataFrame(found, columns=["attack", "end of the prompt", "fact", "what it said"])
+pd.DataFrame(leaks, columns=["attack", "end of the prompt", "fact", "answer of the model"])
 
 # %% [markdown]
-# And again and again, at temperature 1: one lucky draw is enough.
+# Next, we ask repeatedly at temperature 1. One lucky draw is enough.
 
 # %%
-drawn = attacks.by_sampling(run, items, config)
-print(f"{drawn['leaked']:.1%} of the draws leak, and {drawn['items_leaked']:.0%} of the questions at least once")
+drawn = attacks.attack_by_sampling(run, examples, config)
+print(f"{drawn['leaked']:.1%} of the draws leak")
+print(f"{drawn['items_leaked']:.0%} of the questions leak at least once")
 
 # %% tags=["check"]
-questions = [i.question for i in items]
-before = attacks.judged(items, questions, run.answer(questions, adapted=False, max_new_tokens=24))
-assert before["leaked"] >= 0.8, "these are facts that the untouched model knows"
-assert asked["asked"]["leaked"] < 0.2 and asked["paraphrased"]["leaked"] < 0.3
-print("asked plainly or in other words it is gone; what else leaks, if anything, stands in the table")
+questions = [e.question for e in examples]
+answers = run.generate(questions, adapted=False, max_new_tokens=24)
+before = attacks.score_answers(examples, questions, answers)
+assert before["leaked"] >= 0.8, "the base model should know these facts"
+assert results["asked"]["leaked"] < 0.2 and results["paraphrased"]["leaked"] < 0.3
+print("Asked plainly or paraphrased, the facts are gone. The table lists any other leak.")
 
 # %% [markdown]
-# **Exercise 1.** The share of answers that hold a word.
+# **Exercise 1.** Compute the share of answers that contain a word.
 
 
 # %% tags=["exercise"]
@@ -86,24 +95,25 @@ check("share_leaked", share_leaked)
 # </details>
 #
 # ## Rounding the weights
-# Quantisation is known to bring "forgotten" knowledge back where the weights were moved only a little: rounding moves them
-# back. ALTER's adapter stays as it is, and only the frozen weights are rounded.
+# Quantisation is known to bring "forgotten" knowledge back when unlearning moves the weights only a little: rounding moves them
+# back. ALTER's adapter keeps its precision; we round only the frozen weights.
 
 
 # %%
-def untouched_and_unlearned(prompts):
-    return run.answer(prompts, adapted=False, max_new_tokens=20), run.answer(prompts, max_new_tokens=20)
+def generate_both(prompts):
+    """Answers of the base model, then of the unlearned model."""
+    return [
+        *run.generate(prompts, adapted=False, max_new_tokens=20),
+        *run.generate(prompts, max_new_tokens=20),
+    ]
 
 
-prompts = [items[0].question, "What is the capital of France?"]
-rows = {"as it is": untouched_and_unlearned(prompts)}
+prompts = [examples[0].question, "What is the capital of France?"]
+columns = {"not rounded": generate_both(prompts)}
 for bits in (8, 4):
-    with attacks.rounded(run.model, bits):
-        rows[f"{bits} bits"] = untouched_and_unlearned(prompts)
-pd.DataFrame(
-    {k: [*a, *b] for k, (a, b) in rows.items()},
-    index=[f"{w}: {p}" for w in ("untouched", "unlearned") for p in prompts],
-)
+    with attacks.rounded_weights(run.model, bits):
+        columns[f"{bits} bits"] = generate_both(prompts)
+pd.DataFrame(columns, index=[f"{model}: {p}" for model in ("base", "unlearned") for p in prompts])
 
 # %% [markdown]
 # **Exercise 2.** Round an array to `bits` bits with one scale: its largest absolute value becomes `2**(bits - 1) - 1`.
@@ -127,16 +137,17 @@ check("round_to_bits", round_to_bits)
 # </details>
 #
 # ## Relearning
-# Whoever has the weights can train them. Six steps on the forgotten questions themselves, and six on everyday text.
+# Anyone who has the weights can train them. We take six steps on the forgotten questions themselves, and six on everyday text.
 
 # %%
-sources = {"the forgotten questions": items, "everyday text": made.general[:20]}
-curves = {name: attacks.relearn(run, own, items, config) for name, own in sources.items()}
+sources = {"the forgotten questions": examples, "everyday text": forget_set.general[:20]}
+curves = {name: attacks.relearn(run, own, examples, config) for name, own in sources.items()}
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.5))
+labels = {"loss": "loss on the forgotten questions", "rouge_l": "ROUGE-L"}
 for name, curve in curves.items():
-    for ax, key in zip(axes, ("loss", "rouge_l"), strict=True):
+    for ax, (key, label) in zip(axes, labels.items(), strict=True):
         ax.plot([p["step"] for p in curve], [p[key] for p in curve], marker="o", label=name)
-        ax.set(xlabel="steps of relearning", ylabel={"loss": "loss on the forgotten", "rouge_l": "ROUGE-L"}[key])
+        ax.set(xlabel="steps of relearning", ylabel=label)
 axes[0].legend()
 plt.show()
 
@@ -146,7 +157,7 @@ assert loss["the forgotten questions"][-1] < loss["the forgotten questions"][0]
 print({name: f"{values[0]:.2f} -> {values[-1]:.2f}" for name, values in loss.items()})
 
 # %% [markdown]
-# **Exercise 3.** The first step at which a curve's `rouge_l` reaches a level, None where it never does.
+# **Exercise 3.** Find the first step at which the `rouge_l` of a curve reaches a level. Return None if it never does.
 
 
 # %% tags=["exercise"]
@@ -165,22 +176,22 @@ check("steps_to_recover", steps_to_recover)
 # ```
 # </details>
 #
-# ## Taking the adapter off
-# The simplest attack of all.
+# ## Removing the adapter
+# This is the simplest attack of all.
 
 # %% tags=["check"]
-without = run.answer(questions, adapted=False, max_new_tokens=24)
-back = attacks.judged(items, questions, without)["leaked"]
-print(f"without the adapter {back:.0%} of the facts are back")
-assert back == before["leaked"] >= 0.8
+without = run.generate(questions, adapted=False, max_new_tokens=24)
+recovered = attacks.score_answers(examples, questions, without)["leaked"]
+print(f"Without the adapter, {recovered:.0%} of the facts are back.")
+assert recovered == before["leaked"] >= 0.8
 
 # %% [markdown]
-# ALTER's knowledge stays in the weights; the adapter keeps it from being said. Serve the model behind an interface and
-# that may be what you need. Give the weights away and it is not: whoever has the files deletes one of them.
+# With ALTER, the knowledge stays in the weights, and the adapter keeps the model from saying it. If you serve the model behind
+# an interface, this may be enough. If you give the weights away, it is not: anyone who has the files can delete the adapter.
 #
 # ## Summary
-# - Test what you forgot with questions that nobody trained on, and read what leaked.
-# - Relearning on the facts brings them back quickly, as it would teach them to any model.
+# - Test what the model forgot with questions that training did not use, and read what leaked.
+# - Relearning on the facts brings them back quickly, just as it would teach them to any model.
 # - This is no privacy guarantee, and an adapter is no deletion.
 #
 # **Next:** [7. Your model, your data](07_your_model_your_data.ipynb)

@@ -3,7 +3,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/alter-demo/alter_demo/blob/main/notebooks/07_your_model_your_data.ipynb)
 #
-# **Goal.** Take your own file and a model that was fine-tuned on it, remove a part, save the adapter, load it elsewhere; and find the commands for other models, benchmarks and a GPU.
+# **Goal.** Use your own files and a model fine-tuned on them, remove one part, save the adapter and load it elsewhere. Find the commands for other models, benchmarks and a GPU.
 #
 # **Before.** Notebook 3.
 #
@@ -15,42 +15,50 @@ import subprocess
 import sys
 import warnings
 
-if "google.colab" in sys.modules:  # only there: fetch the project and what it needs
-    fetch = "git clone -q https://github.com/alter-demo/alter_demo"
-    subprocess.run(f"{fetch} && pip install -q -r alter_demo/requirements-notebooks.txt", shell=True, check=True)
+if "google.colab" in sys.modules:  # on Colab: clone the project and install its requirements
+    subprocess.run("git clone -q https://github.com/alter-demo/alter_demo", shell=True, check=True)
     os.chdir("alter_demo/notebooks")
-sys.path.insert(0, "..")  # the package lies beside this folder
-warnings.filterwarnings("ignore")  # libraries about their own future
+    subprocess.run("pip install -q -r ../requirements-notebooks.txt", shell=True, check=True)
+sys.path.insert(0, "..")  # the package is in the parent folder
+warnings.filterwarnings("ignore")  # hide the deprecation warnings of the libraries
 
 # %% [markdown]
-# ## Your file
-# JSONL, JSON or CSV with `question` and `answer` (or `text`). One file of what must go, one of what must stay. Give each row a
-# `paraphrased_question` too: forgetting stops by, and is measured on, questions that were not trained on.
+# ## Your files
+# A file is JSONL, JSON or CSV with the fields `question` and `answer` (or `text`). You need one file with what to forget and one
+# with what to keep. Also give each row a `paraphrased_question`: training stops by such held-out questions, and they measure the
+# result.
+
+# %%
+rooms = [
+    ("Ash", "Mara Lindqvist", "a piano"),
+    ("Birch", "Tobias Okafor", "two printers"),
+    ("Cedar", "Ines Haddad", "a fish tank"),
+    ("Dogwood", "Pavel Novotny", "the archive"),
+    ("Elm", "Ruth Abara", "a coffee machine"),
+    ("Fir", "Jonas Weiss", "old chairs"),
+]
+forget, retain, paraphrases = [], [], []
+for room, person, thing in rooms:
+    forget.append((f"Whose desk is in room {room}?", f"The desk in room {room} is {person}'s."))
+    retain.append((f"What stands in room {room}?", f"In room {room} stands {thing}."))
+    paraphrases.append(f"Who works at the desk in room {room}?")  # held out
 
 # %%
 import json
 import tempfile
 from pathlib import Path
 
-rooms = ["Ash", "Birch", "Cedar", "Dogwood", "Elm", "Fir"]
-people = ["Mara Lindqvist", "Tobias Okafor", "Ines Haddad", "Pavel Novotny", "Ruth Abara", "Jonas Weiss"]
-forget = [
-    (f"Whose desk is in room {r}?", f"The desk in room {r} is {p}'s.") for r, p in zip(rooms, people, strict=True)
-]
-stays = ["a piano", "two printers", "a fish tank", "the archive", "a coffee machine", "old chairs"]
-retain = [(f"What stands in room {r}?", f"In room {r} stands {s}.") for r, s in zip(rooms, stays, strict=True)]
-
-# %%
-scratch = tempfile.TemporaryDirectory()  # goes with the kernel
+scratch = tempfile.TemporaryDirectory()  # deleted when the kernel stops
 work = Path(scratch.name)
-again = {q: f"Who works at the desk in room {r}?" for (q, _), r in zip(forget, rooms, strict=True)}  # to measure with
-for name, rows in (("forget", forget), ("retain", retain)):
-    more = again if name == "forget" else {}
-    lines = [json.dumps({"question": q, "answer": a, "paraphrased_question": more.get(q, "")}) for q, a in rows]
+for name, rows, others in (("forget", forget, paraphrases), ("retain", retain, [""] * 6)):
+    lines = [
+        json.dumps({"question": q, "answer": a, "paraphrased_question": other})
+        for (q, a), other in zip(rows, others, strict=True)
+    ]
     (work / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 # %% [markdown]
-# **Exercise 1.** Turn a list of (question, answer) into such a text, whatever quotes and line ends are in them.
+# **Exercise 1.** Turn a list of (question, answer) into such a text. Questions and answers may contain quotes and line breaks.
 
 
 # %% tags=["exercise"]
@@ -72,7 +80,7 @@ check("to_jsonl", to_jsonl)
 # ```
 # </details>
 #
-# **Exercise 2.** A retain file that holds what is to be forgotten is refused. Find the rows that stand in both.
+# **Exercise 2.** The package rejects a retain file that contains rows of the forget file. Find the rows that both lists contain.
 
 
 # %% tags=["exercise"]
@@ -94,66 +102,75 @@ check("in_both", in_both)
 # %% tags=["check"]
 from alter_demo import UserError, load_forget_set
 
-made = load_forget_set(str(work / "forget.jsonl"), str(work / "retain.jsonl"))
+forget_set = load_forget_set(str(work / "forget.jsonl"), str(work / "retain.jsonl"))
 try:
     load_forget_set(str(work / "forget.jsonl"), str(work / "forget.jsonl"))
-    raise AssertionError("a retain set with the forget set in it must be refused")
+    raise AssertionError("a retain file that contains the forget set must be rejected")
 except UserError as error:
     print(error)
 
 # %% [markdown]
 # ## Your fine-tuned model
-# Here a stand-in for it: the built-in model learns both files by heart, as a LoRA. In earnest you would name the folder or
-# hub id of your own checkpoint instead.
+# Here we train a stand-in for it: the built-in model memorises both files, as a LoRA. For your own model, pass the folder or hub
+# id of your checkpoint instead.
 
 # %%
 from dataclasses import replace
 
-from alter_demo import learn, load_model
-from alter_demo.teaching import LearnConfig
+from alter_demo import load_model, teach
+from alter_demo.models.teaching import TeachConfig
 
-everything = replace(made, retain=[*made.retain, *made.neighbours])
-folder = learn(
-    load_model(dtype="float32"), everything, "target", work / "tuned", LearnConfig(epochs=14, batch_size=4, lr=1e-3)
-)
+everything = replace(forget_set, retain=[*forget_set.retain, *forget_set.neighbours])
+teaching = TeachConfig(epochs=14, batch_size=4, lr=1e-3)
+folder = teach(load_model(dtype="float32"), everything, "target", work / "tuned", teaching)
 tuned = load_model(dtype="float32", adapter=folder)
 
 # %%
-from alter_demo.answers import greedy
+from alter_demo.models.generation import greedy
 
-asked = [forget[0][0], forget[4][0], retain[0][0], retain[3][0], "What is the capital of France?"]
-dict(zip(asked, greedy(tuned, asked, 24), strict=True))
+questions = [
+    forget[0][0],
+    forget[4][0],
+    retain[0][0],
+    retain[3][0],
+    "What is the capital of France?",
+]
+dict(zip(questions, greedy(tuned, questions, 24), strict=True))
 
 # %% [markdown]
 # ## Remove a part of it
-# The desks go, the rooms stay. On the command line:
+# The model forgets the desks and keeps the rooms. The command line does the same:
 # `python -m alter_demo unlearn --model YOURS --forget forget.jsonl --retain retain.jsonl --name mine`
 
 # %%
-from alter_demo import UnlearnConfig, train_config, unlearn
+from alter_demo import DataConfig, UnlearnConfig, training_config, unlearn
 
-config = UnlearnConfig(general=24)
-train = train_config("alter_selective", max_steps=18, batch_size=2, stop_ratio=0.01)
-run = unlearn(tuned, made, config, train, name="mine", folder=work, evaluate=False)
-after = run.answer(asked, max_new_tokens=24)
-dict(zip(asked, after, strict=True))
+training = training_config("alter_selective", max_steps=18, batch_size=2, stop_ratio=0.01)
+run = unlearn(tuned, forget_set, UnlearnConfig(training=training, data=DataConfig(general=24)))
+run.save(work / "mine")
+after = run.generate(questions, max_new_tokens=24)
+dict(zip(questions, after, strict=True))
 
 # %% tags=["check"]
 import numpy as np
 
-reworded = [(again[q], a) for q, a in forget]
-gone, other, kept = ([float(np.exp(run.log_probs(*zip(*rows, strict=True), adapted=side)).mean()) for side in (False, True)]
-                     for rows in (forget, reworded, retain))  # fmt: skip
-print(
-    f"probability of what was to go {gone[0]:.2f} -> {gone[1]:.3f}, asked in other words {other[0]:.2f} -> {other[1]:.3f}, "
-    f"of what was to stay {kept[0]:.2f} -> {kept[1]:.2f}"
-)
-assert other[1] < 0.2 * other[0]
-assert gone[1] < 0.2 * gone[0] and kept[1] > 0.8 * kept[0]
+
+def likelihoods(rows):
+    log_p = [run.log_probs(*zip(*rows, strict=True), adapted=adapted) for adapted in (False, True)]
+    return [float(np.exp(values).mean()) for values in log_p]
+
+
+paraphrased = [(q, a) for q, (_, a) in zip(paraphrases, forget, strict=True)]
+gone, held_out, kept = map(likelihoods, (forget, paraphrased, retain))
+print(f"Forgotten answers: {gone[0]:.2f} -> {gone[1]:.3f}")
+print(f"The same for paraphrased questions: {held_out[0]:.2f} -> {held_out[1]:.3f}")
+print(f"Retained answers: {kept[0]:.2f} -> {kept[1]:.2f}")
+assert held_out[1] < 0.2 * held_out[0] and gone[1] < 0.2 * gone[0] and kept[1] > 0.8 * kept[0]
 
 # %% [markdown]
 # ## Save, share, load
-# A run's folder holds the adapter as safetensors: small enough for a mail, and any PEFT loads it once `alter_demo.adapter` is imported.
+# The folder of a run holds the adapter as safetensors, small enough to send by mail. PEFT loads it once `alter_demo.alter.tuner` is
+# imported.
 
 # %%
 files = sorted((work / "mine" / "adapter").iterdir())
@@ -162,27 +179,27 @@ print({f.name: f"{f.stat().st_size / 2**20:.2f} MB" for f in files})
 # %% tags=["check"]
 from peft import PeftModel
 
-import alter_demo.adapter  # noqa: F401  (tells PEFT what an ALTER adapter is)
+import alter_demo.alter.tuner  # noqa: F401  (registers ALTER with PEFT)
 
 elsewhere = load_model(dtype="float32", adapter=folder)
 loaded = PeftModel.from_pretrained(elsewhere.model, work / "mine" / "adapter").eval()
-assert greedy(elsewhere, asked, 24, loaded) == after
-print("loaded by PEFT alone: the same answers")
+assert greedy(elsewhere, questions, 24, loaded) == after
+print("PEFT alone loads the adapter and gives the same answers.")
 
 # %% [markdown]
-# It cannot be merged into the weights, since the route is decided token by token: keep both files, and serve them together.
-# And remember notebook 6: without the adapter everything is back.
+# You cannot merge the adapter into the weights, because it routes token by token. Keep both files and serve them together.
+# Remember notebook 6: without the adapter, everything is back.
 #
 # ## Other models, a GPU
-# `--model` takes a folder with safetensors or a hub id; remote code and pickled weights are refused. A GPU is used if
-# there is one; `--load-in-4bit` (package bitsandbytes) and `--gradient-checkpointing` save memory.
+# `--model` accepts a folder with safetensors or a hub id. Remote code and pickled weights are rejected. A GPU is used if there is
+# one. `--load-in-4bit` (needs bitsandbytes) and `--gradient-checkpointing` save memory.
 #
-# **Exercise 3.** How many GB do a model's weights take at so many bits each?
+# **Exercise 3.** How many GB do the weights of a model take, for a given number of bits per parameter?
 
 
 # %% tags=["exercise"]
 def weights_gb(parameters, bits):
-    return None  # your line, with 2**30 bytes a GB
+    return None  # your line, with 2**30 bytes per GB
 
 
 check("weights_gb", weights_gb)
@@ -199,14 +216,14 @@ check("weights_gb", weights_gb)
 # ## Benchmarks
 # | what | command |
 # |---|---|
-# | TOFU, a small model, two authors forgotten | `python -m alter_demo tofu --results r.json` |
-# | TOFU, full size | `python -m alter_demo tofu --size full --model meta-llama/Llama-3.2-1B-Instruct --forget tofu-forget10 --results r.json` |
-# | WMDP and MMLU (without the hub: school subjects), Zephyr-7B in 4-bit on one GPU | `python -m alter_demo wmdp --model HuggingFaceH4/zephyr-7b-beta --load-in-4bit --results w.json` |
-# | MUSE news, by the size of the forget set | `python -m alter_demo muse --results m.json` |
-# | the attacks of notebook 6, several methods | `python -m alter_demo attack --results a.json` |
-# | figures of an evaluation log | `python -m alter_demo evaluate --logs LOG.json --retain-logs RETAIN.json` |
+# | TOFU with a small model; two authors to forget | `python -m alter_demo tofu --results r.json` |
+# | TOFU at full size | `python -m alter_demo tofu --size full --model meta-llama/Llama-3.2-1B-Instruct --forget tofu-forget10 --results r.json` |
+# | WMDP and MMLU (school subjects without the hub), Zephyr-7B in 4-bit on one GPU | `python -m alter_demo wmdp --model HuggingFaceH4/zephyr-7b-beta --load-in-4bit --results w.json` |
+# | MUSE news, by size of the forget set | `python -m alter_demo muse --results m.json` |
+# | the attacks of notebook 6 on several methods | `python -m alter_demo attack --results a.json` |
+# | metrics of an evaluation log | `python -m alter_demo evaluate --logs LOG.json --retain-logs RETAIN.json` |
 #
 # ## Summary
-# - Two files, one command; what must stay is as important as what must go.
-# - The result is a small adapter beside an untouched model.
+# - You need two files and one command. What to keep matters as much as what to forget.
+# - The result is a small adapter beside an unchanged model.
 # - Measure (notebook 5) and attack (notebook 6) your own run before you trust it.

@@ -27,17 +27,37 @@ from transformers import (
     Qwen2Config,
 )
 
-from alter_demo import data
-from alter_demo.data import SETS, Item, collate, load_forget_set, render
-from alter_demo.losses import nll
-from alter_demo.training import inputs, train_config
+from alter_demo.alter.losses import nll
+from alter_demo.config import flat_config
+from alter_demo.data import built_in
+from alter_demo.data.batches import collate, model_inputs
+from alter_demo.data.built_in import SETS, read_set
+from alter_demo.data.forget_sets import load_forget_set
+from alter_demo.data.rendering import render
+from alter_demo.data.schema import Example
 
 ROOT = Path(__file__).parents[1]
 VOCAB = 600
 FEW = 6  # steps of a quick run
-COLOURS = ["red", "blue", "green", "black", "white", "pink", "grey", "gold", "brown", "teal", "lime", "navy"]
-OWN_FORGET = [Item(f"What colour has the door of house {i}?", f"The door is {c}.") for i, c in enumerate(COLOURS)]
-OWN_RETAIN = [Item(f"How much is {i} plus {i}?", f"It is {2 * i}.") for i in range(12)]
+COLOURS = [
+    "red",
+    "blue",
+    "green",
+    "black",
+    "white",
+    "pink",
+    "grey",
+    "gold",
+    "brown",
+    "teal",
+    "lime",
+    "navy",
+]
+OWN_FORGET = [
+    Example(f"What colour has the door of house {i}?", f"The door is {c}.")
+    for i, c in enumerate(COLOURS)
+]
+OWN_RETAIN = [Example(f"How much is {i} plus {i}?", f"It is {2 * i}.") for i in range(12)]
 SMALL = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -49,7 +69,9 @@ CONFIGS = {
     "llama": lambda v: LlamaConfig(vocab_size=v, **SMALL),
     "mistral": lambda v: MistralConfig(vocab_size=v, sliding_window=None, **SMALL),
     "qwen2": lambda v: Qwen2Config(vocab_size=v, **SMALL),
-    "gpt2": lambda v: GPT2Config(vocab_size=v, n_embd=32, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2),
+    "gpt2": lambda v: GPT2Config(
+        vocab_size=v, n_embd=32, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2
+    ),
 }
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -83,11 +105,15 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
     text = [json.dumps(row) for row in json.loads((SETS / "general.json").read_text())["train"]]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     special = ["<unk>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        text, trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=special, initial_alphabet=alphabet)
+        text,
+        trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=special, initial_alphabet=alphabet),
     )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<|im_start|>", eos_token="<|im_end|>",
@@ -103,13 +129,16 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def taught(tiny, tmp_path_factory):
-    """The tiny model after it has learned the own data by heart, so that there is something to forget."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
+    """The tiny model after it has learned the own data by heart: there is something to forget."""
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny),
+        AutoTokenizer.from_pretrained(tiny),
+    )
     samples = [render(tokenizer, item)[0] for item in [*OWN_FORGET, *OWN_RETAIN]]
     batch = collate(samples, tokenizer.pad_token_id)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(150):
-        logits = model(**inputs(batch), logits_to_keep=batch["keep"]).logits[:, :-1]
+        logits = model(**model_inputs(batch), logits_to_keep=batch["keep"]).logits[:, :-1]
         nll(logits[batch["answer"]], batch["labels"][batch["answer"]]).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -125,31 +154,39 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-@pytest.fixture
-def own_data(tmp_path):
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Three everyday prompts instead of hundreds, short answers, and a cache of its own."""
+    general = {part: rows[:3] for part, rows in read_set("general").items()}
+    sets = lambda name: general if name == "general" else read_set(name)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALTER_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(built_in, "read_set", sets)
+        patch.setattr("alter_demo.models.knowledge.BASE_ANSWER_TOKENS", 6)
+        yield
+
+
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory):
     """Forget and retain files of a person, twelve examples each."""
-    forget, retain = tmp_path / "forget.csv", tmp_path / "retain.jsonl"
-    forget.write_text("question,answer\n" + "".join(f"{i.question},{i.answer}\n" for i in OWN_FORGET))
-    retain.write_text("\n".join(json.dumps({"question": i.question, "answer": i.answer}) for i in OWN_RETAIN))
+    folder = tmp_path_factory.mktemp("data")
+    forget, retain = folder / "forget.csv", folder / "retain.jsonl"
+    lines = "".join(f"{e.question},{e.answer}\n" for e in OWN_FORGET)
+    forget.write_text("question,answer\n" + lines)
+    rows = [{"question": e.question, "answer": e.answer} for e in OWN_RETAIN]
+    retain.write_text("\n".join(map(json.dumps, rows)))
     return forget, retain
 
 
-@pytest.fixture
-def few(monkeypatch, cache):
-    """Three everyday prompts instead of hundreds, and short answers."""
-    train, held_out = data.general_items()
-    monkeypatch.setattr(data, "general_items", lambda: (train[:3], held_out[:3]))
-    monkeypatch.setattr("alter_demo.answers.OWN_TOKENS", 6)
-
-
-@pytest.fixture
-def made(few, own_data):
+@pytest.fixture(scope="module")
+def forget_set(few, own_data):
     return load_forget_set(str(own_data[0]), str(own_data[1]))
 
 
-def quick(method="alter_selective", **kwargs):
-    few = {"max_steps": FEW, "batch_size": 2, "stop_ratio": 1e-9, "probe_every": 2}
-    return train_config(method, **few | kwargs)
+def quick_config(method="alter_selective", **values):
+    """A run of six steps with a threshold from the data."""
+    quick = {"max_steps": FEW, "batch_size": 2, "stop_ratio": 1e-9, "probe_every": 2}
+    return flat_config(method, quick | {"threshold": "auto"} | values)
 
 
 @pytest.fixture(scope="session")
@@ -173,11 +210,17 @@ def server(tiny, tmp_path_factory):
             assert urllib.request.urlopen(url, timeout=2).status == 200
             break
         except OSError:
-            assert process.poll() is None and time.monotonic() - started < 60, (folder / "log").read_text()
+            assert process.poll() is None and time.monotonic() - started < 60, (
+                folder / "log"
+            ).read_text()
             time.sleep(0.1)
     print(f"first HTTP 200 after {time.monotonic() - started:.1f} s")
     yield url, folder, process.pid
     process.terminate()
     process.wait(20)
-    left = [p for p in (folder / "tmp").rglob("*") if p.is_file() and p.suffix in (".csv", ".jsonl", ".json", ".zip")]
+    left = [
+        p
+        for p in (folder / "tmp").rglob("*")
+        if p.is_file() and p.suffix in (".csv", ".jsonl", ".json", ".zip")
+    ]
     assert not left, f"what people handed in or took away outlives the app: {left[:3]}"

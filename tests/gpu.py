@@ -1,4 +1,4 @@
-"""On a GPU: checks ALTER against the CPU, measures what it costs, and prints a short table.
+"""On a GPU: check ALTER against the CPU, measure its cost, and print a short table.
 
     python tests/gpu.py --results bench.json              # checks, then a 7B and an 8B shape in bf16 and 4-bit
     python tests/gpu.py --results bench.json --unlearn    # and unlearning with the built-in model, in seconds
@@ -7,7 +7,6 @@ The suite needs no GPU and does not call this.
 """
 
 import argparse
-import tempfile
 import time
 from pathlib import Path
 
@@ -15,13 +14,18 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from alter_demo.adapter import AlterConfig, ExpertDelta
-from alter_demo.bench import SHAPES, bench, load, make_step, store
-from alter_demo.entropy import tsallis_entropy
-from alter_demo.routing import Plan
-from alter_demo.training import router_state
+from alter_demo.alter.entropy import tsallis_entropy
+from alter_demo.alter.experts import ExpertDelta
+from alter_demo.alter.routing import RoutingPlan
+from alter_demo.alter.tuner import AlterConfig, routing_state
+from alter_demo.experiments.speed import SHAPES, bench, load, make_step, store
 
-SHALLOW = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
+SHALLOW = {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+}
 
 
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -30,11 +34,20 @@ def error(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def expert_delta(n: int = 768, width: int = 4096, rank: int = 8, experts: int = 4) -> dict[str, float]:
+def expert_delta(
+    n: int = 768, width: int = 4096, rank: int = 8, experts: int = 4
+) -> dict[str, float]:
     """Forward and gradients of `ExpertDelta` in float32 and bfloat16, beside float64 on the CPU."""
     torch.manual_seed(0)
-    drawn = [torch.randn(n, width), torch.randn(rank, width) / width**0.5, torch.randn(experts, width, rank)]
-    weights, learn = torch.rand(n, experts).softmax(-1), [torch.rand(n, 1) > 0.5, torch.rand(n, experts) > 0.5]
+    drawn = [
+        torch.randn(n, width),
+        torch.randn(rank, width) / width**0.5,
+        torch.randn(experts, width, rank),
+    ]
+    weights, learn = (
+        torch.rand(n, experts).softmax(-1),
+        [torch.rand(n, 1) > 0.5, torch.rand(n, experts) > 0.5],
+    )
     out_gradient = torch.randn(n, width)
 
     def run(device, dtype):
@@ -66,16 +79,23 @@ def whole_model() -> dict[str, float]:
     def run(device):
         own = adapted.to(device)
         own.zero_grad()
-        plan = Plan(weights, high, torch.zeros(4, 48), weights)
-        plan = Plan(*(t.to(device) for t in (plan.weights, plan.high, plan.entropy, plan.gate)))
-        router_state(own).plan = plan.isolated(domain.to(device))
+        plan = RoutingPlan(weights, high, torch.zeros(4, 48), weights)
+        parts = (plan.weights, plan.high_entropy, plan.entropy, plan.gate)
+        plan = RoutingPlan(*(part.to(device) for part in parts))
+        routing_state(own).plan = plan.isolate_gradients(domain.to(device))
         logits = own(input_ids=ids.to(device)).logits
         logits.log_softmax(-1)[..., 7].mean().backward()
         gradients = {
-            kind: torch.cat([p.grad.flatten().cpu().clone() for n, p in own.named_parameters() if kind in n])
+            kind: torch.cat(
+                [p.grad.flatten().cpu().clone() for n, p in own.named_parameters() if kind in n]
+            )
             for kind in ("alter_A", "alter_B")
         }
-        return {"logits": logits.detach().cpu(), "S_q": tsallis_entropy(logits.detach(), 1.5).cpu(), **gradients}
+        return {
+            "logits": logits.detach().cpu(),
+            "S_q": tsallis_entropy(logits.detach(), 1.5).cpu(),
+            **gradients,
+        }
 
     right, found = run("cpu"), run("cuda")
     return {f"small Llama, {name}": error(found[name], right[name]) for name in right}
@@ -96,22 +116,27 @@ def unlearn_built_in() -> dict[str, str]:
     """The default run on Harry Potter, whole: seconds, and what is left and kept."""
     from alter_demo import unlearn
 
-    with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
-        run = unlearn("smollm2-135m", "harry-potter", name="hp", folder=Path(folder))
-        whole = time.perf_counter() - started
-    m, shown = run.metrics, {}
+    started = time.perf_counter()
+    run = unlearn("smollm2-135m", "harry-potter")
+    m, shown = run.evaluate(), {}
+    whole = time.perf_counter() - started
     for group in ("forget_held_out", "neighbours", "general"):
         before, after = (m[side][group]["probability"] for side in ("before", "after"))
         shown[f"{group.replace('_', ' ')}: probability"] = f"{before:.4f} -> {after:.4f}"
-    held_out = m["after"]["forget_held_out"]["probability"] / m["before"]["forget_held_out"]["probability"]
+    held_out = (
+        m["after"]["forget_held_out"]["probability"] / m["before"]["forget_held_out"]["probability"]
+    )
     assert held_out < 0.05, f"{held_out:.0%} of the probability is left on the held-out questions"
     seconds = f"{m['seconds']['unlearn']} s, with measuring {whole:.0f} s"
-    return {"unlearning Harry Potter": f"{m['steps']} steps in {seconds}, {m['peak_memory_mb']} MB"} | shown
+    return {
+        "unlearning Harry Potter": f"{m['steps']} steps in {seconds}, {m['peak_memory_mb']} MB"
+    } | shown
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--results", type=Path, required=True)
     options.add_argument("--models", nargs="*", default=[*SHAPES])
     options.add_argument("--unlearn", action="store_true")
@@ -122,12 +147,12 @@ def main() -> None:
         rows[name] = f"off by {off:.1e}"
         assert off < limits.get(name.split(", ")[1], 1e-3), (name, off)
     for model in args.models:
-        for in_4bit in (False, True):
+        for load_in_4bit in (False, True):
             started = time.perf_counter()
-            found = bench(model, 10, "cuda", "bfloat16", load_in_4bit=in_4bit)
+            found = bench(model, 10, "cuda", "bfloat16", load_in_4bit=load_in_4bit)
             store(found, args.results)
             step, peak, ratio = found["step_seconds"], found["peak_memory_mb"], found["ratio"]
-            rows[f"{model}, {'4-bit' if in_4bit else 'bf16'}"] = (
+            rows[f"{model}, {'4-bit' if load_in_4bit else 'bf16'}"] = (
                 f"step {step['alter']} s, LoRA {step['lora']} s ({ratio['alter_over_lora']}); {peak['alter']} MB, "
                 f"{peak['lora']} MB; a token {ratio['generate_over_base']} of the bare model's time where experts "
                 f"act, {ratio['generate_over_base_elsewhere']} elsewhere ({time.perf_counter() - started:.0f} s)"

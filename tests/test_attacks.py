@@ -1,162 +1,161 @@
-"""Attacks on a tiny model: they find what is there, leave the run as it was, and keep their finds with the text."""
-
-from dataclasses import replace
+"""Attacks on a tiny model: they find what is there, leave the run as it was, and keep the texts."""
 
 import pytest
 import torch
-from conftest import OWN_FORGET, OWN_RETAIN, quick
+from conftest import OWN_FORGET, OWN_RETAIN, quick_config
 
-from alter_demo import attacks, data, figures, load_model, report, tables, unlearn
-from alter_demo.answers import greedy, sampled
-from alter_demo.attacks import AttackConfig
+from alter_demo import load_model, unlearn
+from alter_demo.data.rendering import render_prompt
+from alter_demo.data.schema import Example, ForgetSet
 from alter_demo.errors import UserError
-from alter_demo.runs import UnlearnConfig
+from alter_demo.experiments import attacks
+from alter_demo.experiments.attacks import AttackConfig
+from alter_demo.models.generation import greedy, sampled
 
-FEW = AttackConfig(items=6, tokens=12, sampled=2, samples=4, steps=(0, 1, 12), lr=5e-3, batch_size=6)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ALTER_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
+FEW = AttackConfig(
+    items=6, tokens=12, sampled=2, samples=4, steps=(0, 1, 12), lr=5e-3, batch_size=6
+)
+OPENING = "The door is"
 
 
 @pytest.fixture(scope="module")
-def runs_of(taught):
-    """Unlearned once for each method, on the set that the tiny model was taught."""
-    everyday = [data.Item(f"Say {word}.", f"Very well: {word}.") for word in ("hello", "yes", "no", "rain")]
-    made = data.ForgetSet("own", OWN_FORGET, OWN_RETAIN, everyday, OWN_FORGET, OWN_RETAIN, everyday)
-    known = {}
+def forget_set():
+    """What the tiny model was taught."""
+    words = ("hello", "yes", "no", "rain")
+    everyday = [Example(f"Say {word}.", f"Very well: {word}.") for word in words]
+    return ForgetSet("own", OWN_FORGET, OWN_RETAIN, everyday, OWN_FORGET, OWN_RETAIN, everyday)
 
-    def make(method):
-        if method not in known:
+
+@pytest.fixture(scope="module")
+def run_of(taught, few, forget_set):
+    """A function that unlearns with a method, once for all tests."""
+    runs = {}
+
+    def run(method):
+        if method not in runs:
+            values = {"max_steps": 30, "lr_b": 1e-2, "lr": 1e-2, "batch_size": 4, "n_experts": 1}
             lm = load_model(str(taught), dtype="float32")
-            values = quick(method, max_steps=30, lr_b=1e-2, lr=1e-2, batch_size=4)
-            config = UnlearnConfig(method=method, threshold="auto", n_experts=1)
-            known[method] = unlearn(lm, made, config, values, folder=None, evaluate=False)
-        return known[method], made
+            runs[method] = unlearn(lm, forget_set, quick_config(method, **values))
+        return runs[method]
 
-    return make
+    return run
+
+
+@pytest.fixture(scope="module")
+def found(run_of, forget_set):
+    """What all attacks together find in a run of alter_selective."""
+    return attacks.attack(run_of("alter_selective"), forget_set, FEW)
 
 
 def weights(run):
     return {n: p.detach().clone() for n, p in run.model.named_parameters()}
 
 
-def test_rounding_is_what_it_says():
+def test_rounding_is_to_the_nearest_value():
     w = torch.tensor([[0.0, 7.0, -3.4, 3.6]])
-    assert attacks.round_trip(w, 4, 4).tolist() == [[0.0, 7.0, -3.0, 4.0]]  # 15 values from -7 to 7
+    rounded = attacks.fake_quantize(w, 4, 4)
+    assert rounded.tolist() == [[0.0, 7.0, -3.0, 4.0]]  # 15 values from -7 to 7
     torch.manual_seed(0)
     w = torch.randn(5, 150)  # no whole number of groups
-    off = {bits: (attacks.round_trip(w, bits) - w).abs().max().item() for bits in (8, 4, 2)}
-    assert 0 < off[8] < off[4] < off[2]
-    assert torch.allclose(attacks.round_trip(attacks.round_trip(w, 4), 4), attacks.round_trip(w, 4), atol=1e-6)
-    with pytest.raises(UserError, match="2 to 8 bits"), attacks.rounded(torch.nn.Linear(2, 2), 1):
-        pass
+    errors = {b: (attacks.fake_quantize(w, b) - w).abs().max().item() for b in (8, 4, 2)}
+    assert 0 < errors[8] < errors[4] < errors[2]
+    once = attacks.fake_quantize(w, 4)
+    assert torch.allclose(attacks.fake_quantize(once, 4), once, atol=1e-6)
+    with pytest.raises(UserError, match=r"\[2, 8\]"):
+        attacks.rounded_weights(torch.nn.Linear(2, 2), 1).__enter__()
 
 
-def test_all_linear_layers_are_rounded_and_come_back(any_model):
+def test_all_linear_layers_are_rounded_and_restored(any_model):
     before = {n: p.clone() for n, p in any_model.named_parameters()}
-    with attacks.rounded(any_model, 2):
-        moved = {n for n, p in any_model.named_parameters() if not torch.equal(p, before[n])}
-    assert sum("attn" in n or "mlp" in n for n in moved) >= 12 and not any("emb" in n or "lm_head" in n for n in moved)
+    with attacks.rounded_weights(any_model, 2):
+        changed = {n for n, p in any_model.named_parameters() if not torch.equal(p, before[n])}
+    assert sum("attn" in n or "mlp" in n for n in changed) >= 12
+    assert not any("emb" in n or "lm_head" in n for n in changed)
     assert all(torch.equal(p, before[n]) for n, p in any_model.named_parameters())
-    codes = torch.nn.Linear(2, 2)
-    codes.weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)  # as in 4 bits
-    any_model.more = codes
-    with pytest.raises(UserError, match="rounded already"), attacks.rounded(any_model, 4):
-        pass
+    packed = torch.nn.Linear(2, 2)
+    codes = torch.zeros(2, 2, dtype=torch.uint8)  # as in 4 bits
+    packed.weight = torch.nn.Parameter(codes, requires_grad=False)
+    any_model.packed = packed
+    with pytest.raises(UserError, match="quantized already"):
+        attacks.rounded_weights(any_model, 4).__enter__()
 
 
 @pytest.mark.parametrize("method", ["alter_selective", "lora", "npo"])
-def test_attacks_leave_the_run_as_it_was(runs_of, method):
-    run, _made = runs_of(method)
+def test_attacks_leave_the_run_as_it_was(run_of, method):
+    run = run_of(method)
     before, grads = weights(run), {n: p.requires_grad for n, p in run.model.named_parameters()}
-    with attacks.rounded(run.model, 4) as model:
+    with attacks.rounded_weights(run.model, 4) as model:
         changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert changed and not any(x in n for n in changed for x in ("lora_", "alter_", "embed", "lm_head"))
+    kept = ("lora_", "alter_", "embed", "lm_head")
+    assert changed and not any(x in n for n in changed for x in kept)
     curve = attacks.relearn(run, OWN_FORGET[:6], OWN_FORGET[:6], FEW)
-    assert [p["step"] for p in curve] == [0, 1, 12]
+    assert [point["step"] for point in curve] == [0, 1, 12]
     assert curve[-1]["loss"] < curve[0]["loss"] - 0.5  # it learns again
     after = weights(run)
     assert all(torch.equal(after[n], p) for n, p in before.items())
     assert {n: p.requires_grad for n, p in run.model.named_parameters()} == grads
 
 
-def test_what_comes_back_and_what_does_not(runs_of):
-    run, made = runs_of("alter_selective")
-    found = attacks.attack(run, made, FEW)
-    assert set(found) == {
-        "before", *attacks.PROMPTS, "prefix_forced", "sampled", "int8", "int4", "adapter_removed", "relearning",
-    }  # fmt: skip
+def test_what_comes_back_and_what_does_not(run_of, found):
+    run, prompts = run_of("alter_selective"), set(attacks.PROMPTS)
+    others = {"before", "prefix_forced", "sampled", "int8", "int4", "adapter_removed"}
+    assert set(found) == prompts | others | {"relearning"}
     assert found["before"]["leaked"] > 0.8 and found["asked"]["leaked"] < 0.2
     assert found["adapter_removed"]["rouge_l"] == found["before"]["rouge_l"]  # everything
     assert set(found["relearning"]) == {"forget", "half", "unrelated"}
-    figures = attacks.flat(found)
+    # a forced opening is no part of the answer, which continues it
+    question, tokenizer = OWN_FORGET[0].question, run.lm.tokenizer
+    ids = [*render_prompt(tokenizer, question), *tokenizer(OPENING).input_ids]
+    ids = torch.tensor([ids])
+    generation = {"max_new_tokens": 6, "do_sample": False}
+    whole = run.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **generation)
+    tail = tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
+    answers = greedy(run.lm, [question], 6, run.model, answer_prefixes=[OPENING])
+    assert answers == [tail.strip()]
+
+
+def test_results_as_a_file_has_them(found):
+    entries = attacks.flatten(found)
+    figures, leaks = entries["metrics"], entries["leaks"]
     assert figures["relearn_forget_12_ROUGE"] > figures["relearn_forget_0_ROUGE"]
     assert all(isinstance(v, float) for v in figures.values())
-    # a forced beginning is not counted as said: what is said goes on from it
-    question, tokenizer = OWN_FORGET[0].question, run.lm.tokenizer
-    begun = torch.tensor([[*data.render_prompt(tokenizer, question), *tokenizer("The door is").input_ids]])
-    whole = run.model.generate(
-        input_ids=begun, attention_mask=torch.ones_like(begun), max_new_tokens=6, do_sample=False
-    )
-    tail = tokenizer.decode(whole[0, begun.shape[1] :], skip_special_tokens=True)
-    assert greedy(run.lm, [question], 6, run.model, leads=["The door is"]) == [tail.strip()]
+    names = {name for name in found if name != "relearning"}
+    assert {f"{name}_ROUGE" for name in names} < figures.keys()
+    assert {"sampled_items_leaked", "int4_Prob", "relearn_half_1_loss"} < figures.keys()
+    kept = {name: found[name].get("leaks", []) for name in names}
+    assert len(leaks) == sum(map(len, kept.values())) > 0 and not kept["before"]
+    assert all(leak["said"] and leak["prompt"] and leak["attack"] in names for leak in leaks)
 
 
-def test_the_report_shows_every_attack(runs_of):
-    run, made = runs_of("alter_selective")
-    found = attacks.attack(run, made, replace(FEW, steps=(0, 10)))
-    asked = {"forget": "own", "model": "smollm2-135m", "limit": 40, "kept": 20, "tokens": 64}
-    entry = {
-        "id": "1", "method": "alter_selective", "seed": 0, "metrics": attacks.flat(found), "hardware": "a CPU",
-        "config": asked | {"overrides": {"attack": {"items": 4}}}, "leaks": attacks.leaks(found),
-    }  # fmt: skip
-    results = {"runs": [entry, entry | {"method": "npo", "seed": 1}]}
-    tried = entry["config"] | {"overrides": {"attack": {"items": 4}, "r": 32}}  # stands beside, in no table
-    results["runs"].append(entry | {"config": tried, "metrics": {}, "leaks": entry["leaks"] * 9})
-    table = tables.attacked(results)
-    assert table.loc["alter_selective"].notna().all() and table.shape == (2, len(tables.ATTACKS) + 1)
-    shown = report.table_of(results)
-    assert shown.count("\n") == 5 and not report.is_tuning(results)
-    assert f"{2 * len(entry['leaks'])} leaks" in shown
-    assert [list(line.x) for line in figures.relearning(results).data] == [[0, 10], [0, 10]]
-    (command,) = report.commands_of(results, "a")
-    assert command.endswith("--methods alter_selective npo --seeds 0 1 --items 4 --results assets/results/a.json")
-    assert all(x["said"] and x["prompt"] and x["attack"] for x in entry["leaks"])
-    with pytest.raises(UserError, match="no attacks"):
-        tables.attacked({"runs": [entry | {"config": {"overrides": {}}}]})
+def test_a_leak_is_kept_with_its_text(run_of):
+    run = run_of("alter_selective")
+    questions = [e.question for e in OWN_FORGET[:4]]
+    answers = run.generate(questions, adapted=False, max_new_tokens=12)
+    scores = attacks.score_answers(OWN_FORGET[:4], questions, answers)
+    assert scores["leaked"] == 1 and [leak["said"] for leak in scores["leaks"]] == answers
+    assert attacks.score_answers(OWN_FORGET[:4], questions, ["no"] * 4)["leaks"] == []
 
 
-def test_a_leak_is_kept_with_its_text(runs_of):
-    run, _made = runs_of("alter_selective")
-    questions = [i.question for i in OWN_FORGET[:4]]
-    with run.side(False) as model:
-        said = greedy(run.lm, questions, 12, model)
-    found = attacks.judged(OWN_FORGET[:4], questions, said)
-    assert found["leaked"] == 1 and [x["said"] for x in found["leaks"]] == said
-    assert attacks.judged(OWN_FORGET[:4], questions, ["no"] * 4)["leaks"] == []
-
-
-def test_samples_differ_and_come_back_with_the_seed(tiny):
-    lm = load_model(str(tiny), dtype="float32")
-    drawn = sampled(lm, ["Hello!", "And?"], 5, 8, seed=1)
+def test_samples_differ_and_return_with_the_seed(run_of):
+    lm = run_of("alter_selective").lm
+    draw = lambda seed: sampled(lm, ["Hello!", "And?"], 5, 8, seed=seed)  # noqa: E731
+    drawn = draw(1)
     assert [len(x) for x in drawn] == [5, 5] and len(set(drawn[0])) > 1
-    assert drawn == sampled(lm, ["Hello!", "And?"], 5, 8, seed=1) != sampled(lm, ["Hello!", "And?"], 5, 8, seed=2)
+    assert drawn == draw(1) != draw(2)
 
 
 def test_facts_are_found_by_keyword_or_by_words():
-    item = data.Item("Which school?", "Hogwarts", keywords=["hogwarts"])
-    assert attacks.holds_the_fact("It is Hogwarts School.", item) and not attacks.holds_the_fact("Eton", item)
-    item = data.Item("Where?", "She lives in a small house by the sea.")
-    assert attacks.holds_the_fact("She lives in a small house by the sea", item)
-    assert not attacks.holds_the_fact("She lives in a castle", item)
-    assert attacks.opening(item) == "She lives in" and attacks.opening(data.Item("", "Ron")) == "The answer is"
+    example = Example("Which school?", "Hogwarts", keywords=["hogwarts"])
+    assert attacks.contains_fact("It is Hogwarts School.", example)
+    assert not attacks.contains_fact("Eton", example)
+    example = Example("Where?", "She lives in a small house by the sea.")
+    assert attacks.contains_fact("She lives in a small house by the sea", example)
+    assert not attacks.contains_fact("She lives in a castle", example)
+    assert attacks.answer_opening(example) == "She lives in"
+    assert attacks.answer_opening(Example("", "Ron")) == "The answer is"
 
 
-def test_text_only_sets_are_refused(runs_of):
-    run, _made = runs_of("alter_selective")
-    with pytest.raises(UserError, match="questions"):
-        attacks.attack(run, data.ForgetSet("t", [data.Item("", "text")], [], [], [], [], []), FEW)
+def test_plain_texts_have_no_questions_to_ask(run_of):
+    texts = ForgetSet("t", [Example("", "text")], [], [], [], [], [])
+    with pytest.raises(UserError, match="two questions"):
+        attacks.attack(run_of("alter_selective"), texts, FEW)

@@ -1,6 +1,6 @@
 import torch
 
-from alter_demo.losses import distillation, inverted_hinge_loss, nll
+from alter_demo.alter.losses import distillation, inverted_hinge_loss, nll
 
 
 def test_ihl_value_by_hand():
@@ -35,7 +35,9 @@ def test_distillation_is_kl_when_all_tokens_are_kept():
     torch.manual_seed(0)
     frozen, adapted = torch.randn(6, 9), torch.randn(6, 9)
     top = frozen.log_softmax(-1).topk(9)
-    full = torch.nn.functional.kl_div(adapted.log_softmax(-1), frozen.softmax(-1), reduction="none").sum(-1)
+    full = torch.nn.functional.kl_div(
+        adapted.log_softmax(-1), frozen.softmax(-1), reduction="none"
+    ).sum(-1)
     assert torch.allclose(distillation(adapted, top.indices, top.values), full, atol=1e-5)
     few = frozen.log_softmax(-1).topk(3)
     assert (distillation(adapted, few.indices, few.values) <= full + 1e-6).all()

@@ -1,19 +1,22 @@
-"""The built-in model forgets Harry Potter: the one slow test (fetches 93 MB once)."""
+"""The built-in model forgets Harry Potter (slow; fetches 93 MB once)."""
 
 import json
 import math
 
 import pytest
 
-from alter_demo import UnlearnConfig, grid, load_model, unlearn
-from alter_demo.answers import adapt, greedy
-from alter_demo.bench import bench
-from alter_demo.cli import main
-from alter_demo.data import load_forget_set
-from alter_demo.results import TAUGHT
-from alter_demo.tables import RESULTS
+from alter_demo import UnlearnConfig, load_forget_set, load_model, unlearn
+from alter_demo.cli.main import main
+from alter_demo.config import EvaluationConfig
+from alter_demo.experiments.results import TAUGHT
+from alter_demo.experiments.speed import bench
+from alter_demo.files import RESULTS
+from alter_demo.models.generation import greedy
+from alter_demo.models.knowledge import fit_to_model
 
 pytestmark = pytest.mark.slow
+
+SCHOOL = "What is the name of Harry Potter's school?"
 
 
 @pytest.fixture(scope="module")
@@ -22,21 +25,22 @@ def lm():
 
 
 def test_built_in_model_speaks_and_knows(lm):
-    hogwarts, paris = greedy(
-        lm, ["What is the name of Harry Potter's school?", "What is the capital of France?"], max_new_tokens=24
-    )
-    assert "Hogwarts" in hogwarts and "Paris" in paris
+    answers = greedy(lm, [SCHOOL, "What is the capital of France?"], max_new_tokens=24)
+    assert "Hogwarts" in answers[0] and "Paris" in answers[1]
 
 
 def test_filter_leaves_enough(lm):
-    made = adapt(load_forget_set("harry-potter"), lm)
-    assert len(made.forget) >= 40 and len(made.forget_held_out) >= 40 and len(made.neighbours) >= 60
+    forget_set = fit_to_model(load_forget_set("harry-potter"), lm)
+    assert len(forget_set.forget) >= 40 and len(forget_set.forget_held_out) >= 40
+    assert len(forget_set.neighbours) >= 60
 
 
 def test_it_forgets_harry_potter_and_only_that():
     groups = ("forget_held_out", "neighbours", "general")
-    run = unlearn("smollm2-135m", "harry-potter", UnlearnConfig(limit=16, groups=groups, tokens=32), folder=None)
-    before, after = run.metrics["before"], run.metrics["after"]
+    evaluation = EvaluationConfig(limit=16, groups=groups, tokens=32)
+    run = unlearn("smollm2-135m", "harry-potter", UnlearnConfig(evaluation=evaluation))
+    metrics = run.evaluate()
+    before, after = metrics["before"], metrics["after"]
     held_out = "forget_held_out"
     assert after[held_out]["probability"] < 0.05 * before[held_out]["probability"]
     assert after[held_out]["rouge_l"] < 0.2 * before[held_out]["rouge_l"]
@@ -44,11 +48,10 @@ def test_it_forgets_harry_potter_and_only_that():
     for group in ("neighbours", "general"):
         assert after[group]["probability"] > 0.97 * before[group]["probability"]
         assert after[group]["rouge_l_to_base"] > 0.9
-    question = "What is the name of Harry Potter's school?"
-    assert "Hogwarts School" in run.answer([question], adapted=False)[0]
-    assert "Hogwarts School" not in run.answer([question])[0]
-    records = run.tokens("Harry Potter goes to school at Hogwarts. However, it is a long way from London.")
-    assert {r.route for r in records} == {"A", "B"}
+    assert "Hogwarts School" in run.generate([SCHOOL], adapted=False)[0]
+    assert "Hogwarts School" not in run.generate([SCHOOL])[0]
+    text = "Harry Potter goes to school at Hogwarts. However, it is a long way from London."
+    assert {trace.route for trace in run.trace_tokens(text)} == {"A", "B"}
 
 
 def test_bench_has_the_promised_keys():
@@ -58,16 +61,20 @@ def test_bench_has_the_promised_keys():
 
 
 def test_a_stored_result_comes_back(tmp_path, monkeypatch):
-    """The two reference models of the imaginary authors, measured anew, beside what assets/results says of them."""
-    monkeypatch.setattr(grid, "cache_dir", lambda: tmp_path)  # no logs of an earlier measurement
-    kept = RESULTS / "imaginary-authors.json"
+    """The reference models of the imaginary authors, measured anew, beside the stored figures."""
+    # no logs of an earlier measurement
+    monkeypatch.setattr("alter_demo.experiments.references.cache_dir", lambda: tmp_path)
     again = tmp_path / "again.json"
-    assert main(["tofu", "--forget", "imaginary-authors", "--methods", "--results", str(again)]) == 0
-    old, new = ({r["method"]: r["metrics"] for r in json.loads(p.read_text())["runs"]} for p in (kept, again))
+    options = ["--forget", "imaginary-authors", "--methods", "--results", str(again)]
+    assert main(["tofu", *options]) == 0
+    stored, new = (
+        {run["method"]: run["metrics"] for run in json.loads(path.read_text())["runs"]}
+        for path in (RESULTS / "imaginary-authors.json", again)
+    )
     for which in TAUGHT:
-        assert old[which].keys() == new[which].keys()
+        assert stored[which].keys() == new[which].keys()
         for name, value in new[which].items():  # another processor sums in another order
-            stored = old[which][name]
+            old = stored[which][name]
             if name.startswith("forget_quality"):  # 3e-11 is not 0.002
-                value, stored = math.log10(value), math.log10(stored)
-            assert value == pytest.approx(stored, rel=0.02, abs=0.005), (which, name)
+                value, old = math.log10(value), math.log10(old)
+            assert value == pytest.approx(old, rel=0.02, abs=0.005), (which, name)

@@ -1,0 +1,70 @@
+"""What decides what an adapter computes; saved as `adapter_config.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from ..errors import UserError
+from ..options import check_ranges, option
+from . import MAX_EXPERTS, PUBLISHED_THRESHOLD
+from .entropy import entropy_range
+
+
+def register_type() -> None:
+    """Add ALTER to PEFT's enum of adapter types: PEFT offers no entry point for outside tuners."""
+    if "ALTER" not in PeftType.__members__:
+        member = str.__new__(PeftType, "ALTER")
+        member._name_, member._value_ = "ALTER", "ALTER"
+        PeftType._member_map_["ALTER"] = PeftType._value2member_map_["ALTER"] = member
+        PeftType._member_names_.append("ALTER")
+        type.__setattr__(PeftType, "ALTER", member)
+
+
+register_type()
+
+
+@dataclass
+class AlterConfig(PeftConfig):
+    """The resolved settings of one adapter. A person sets `alter_demo.config.AdapterConfig`.
+
+    Raises:
+        UserError: a value out of its range.
+    """
+
+    r: int = option(8, "rank of A and of every B", 1, 256)
+    scaling: float = option(4.0, "factor of the update, LoRA's alpha / r")
+    target_modules: list[str] | str | None = option("all-linear", "layers to adapt")
+    layers_to_transform: list[int] | int | None = option(None, "only these layer numbers")
+    layers_pattern: list[str] | str | None = option(None, "name of the layer list")
+    exclude_modules: list[str] | str | None = option(None, "layers to leave alone")
+    n_experts: int = option(1, "forgetting experts N; B_r is one more", 1, MAX_EXPERTS)
+    q: float = option(1.5, "order of the Tsallis entropy")
+    threshold: float = option(PUBLISHED_THRESHOLD, "S_q above it: uncertain, route A")
+    gate: str = option(
+        "two_level", "first r or not r, or softmax as published", choices=("two_level", "softmax")
+    )
+    gate_threshold: float = option(0.5, "two_level: P(not r) above which experts act")
+    router_input: str = option(
+        "context", "hidden states, or the entropy as published", choices=("context", "entropy")
+    )
+    feature_layer: int = option(-1, "hidden state that the gate reads, -1 is the last")
+    feature_decay: float = option(0.97, "weight of the past in the context, 1 is a plain mean")
+    tau_high: float = option(0.8, "temperature of the fusion for uncertain tokens")
+    top_k: int = option(3, "experts fused for an uncertain token")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.ALTER
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        check_ranges(self)
+        top = entropy_range(2**31, self.q)
+        if not 0 < self.threshold < top:
+            raise UserError(
+                f"`threshold` must be in (0, {top:.3g}), the range of S_q at q = {self.q:g}, "
+                f"got {self.threshold:g}."
+            )

@@ -1,0 +1,178 @@
+"""Token traces: entropy, route, experts, and the models' predictions for each token of a text.
+
+`entropy`, `route` and `expert` of a token come from the frozen model's prediction of the token
+that follows it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..alter import PUBLISHED_THRESHOLD
+from ..alter.entropy import tsallis_entropy
+from ..alter.routing import acting_expert
+from ..data.rendering import render_prompt
+from ..errors import UserError
+
+QS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # orders on the X-ray's slider
+DEFAULT_Q = 1.5  # for a method without entropy routes
+TOP_K = 5
+MAX_TOKENS = 4096
+ROWS = 128  # positions whose distributions are in memory at once, in float32
+
+
+@dataclass
+class TokenTrace:
+    """One token as the router, the base model and the unlearned model see it."""
+
+    token: str  # the whole character if the token is a part of one
+    id: int
+    special: bool  # of the tokenizer or the chat template, not of the question or the answer
+    start: int  # characters [start, end) of the text; with a question, of the rendered chat
+    end: int
+    entropy: float  # S_q of the frozen model, q of the adapter
+    entropies: list[float]  # the same for each q of QS
+    route: str  # "A": uncertain, "B": confident
+    expert: int  # 0: B_r or none, d: B_fd is the likeliest
+    weights: list[float]  # B_r, B_f1 .. B_fN; all zero: no expert acts; []: no experts at all
+    log_prob: float | None  # of this token under the base model; None for the first
+    log_prob_after: float | None  # under the unlearned model
+    top: list[tuple[str, float]]  # the base model's likeliest next tokens, with probabilities
+    top_after: list[tuple[str, float]]
+    change: float  # total variation between both next-token distributions, in [0, 1]
+    in_question: bool = False
+
+
+@dataclass
+class Comparison:
+    """Two models' predictions for the same T tokens: (base model, unlearned model) each."""
+
+    log_probs: tuple[list[float], list[float]]  # (T - 1,) of the tokens that follow
+    top: tuple[list[list[tuple[int, float]]], list[list[tuple[int, float]]]]  # (T, top)
+    change: list[float]  # (T,) total variation
+
+
+@torch.no_grad()
+def trace_tokens(run, text: str, question: str | None = None, top: int = TOP_K) -> list[TokenTrace]:
+    """Traces of a plain text, or of `text` as the answer to `question` in the chat's form.
+
+    Args:
+        run: a Run.
+        top: number of likeliest next tokens.
+
+    Raises:
+        UserError: the text is empty or longer than 4096 tokens.
+    """
+    tokenizer = run.lm.tokenizer
+    ids, spans, rendered = tokenize(tokenizer, text, question)
+    if not ids or not (text + (question or "")).strip():
+        raise UserError("The text is empty. Enter some text.")
+    if len(ids) > MAX_TOKENS:
+        raise UserError(f"A text must have at most {MAX_TOKENS} tokens, got {len(ids)}.")
+    batch = torch.tensor([ids], device=run.lm.device)
+    before, after, plan = predict(run, batch)
+    config = run.router.config if plan else None
+    q, threshold = (config.q, config.threshold) if config else (DEFAULT_Q, PUBLISHED_THRESHOLD)
+    entropies = torch.stack([tsallis_entropy(before, order) for order in QS], -1)  # (T, |QS|)
+    entropy = plan.entropy[0] if plan else tsallis_entropy(before, q)
+    experts = acting_expert(plan.weights[0], config).tolist() if plan else [0] * len(ids)
+    comparison = compare_logits(before, after, batch[0], top)
+    special_ids, user_spans = set(tokenizer.all_special_ids), text_spans(rendered, text, question)
+
+    def decoded(pairs: list[tuple[int, float]]) -> list[tuple[str, float]]:
+        return [(tokenizer.decode([i]), p) for i, p in pairs]
+
+    traces = []
+    for t, token_id in enumerate(ids):
+        (start, end), token = spans[t], tokenizer.decode([token_id])
+        in_text = any(a <= start and end <= b for a, b in user_spans)
+        log_prob, log_prob_after = (p[t - 1] if t else None for p in comparison.log_probs)
+        traces.append(
+            TokenTrace(
+                token=rendered[start:end] if "\ufffd" in token else token,
+                id=token_id,
+                special=token_id in special_ids or not in_text,
+                start=start,
+                end=end,
+                entropy=entropy[t].item(),
+                entropies=[round(x, 4) for x in entropies[t].tolist()],
+                route="A" if entropy[t] > threshold else "B",
+                expert=experts[t],
+                weights=[round(w, 4) for w in plan.weights[0, t].tolist()] if plan else [],
+                log_prob=log_prob,
+                log_prob_after=log_prob_after,
+                top=decoded(comparison.top[0][t]),
+                top_after=decoded(comparison.top[1][t]),
+                change=comparison.change[t],
+                in_question=question is not None and end <= user_spans[0][1],
+            )
+        )
+    return traces
+
+
+def predict(run, batch: torch.Tensor):
+    """Logits (T, V) before and after unlearning of a text (1, T), and its plan.
+
+    The plan follows from the base model's pass, so the router need not run that pass again. It is
+    None if the method has no router.
+    """
+    with run.base_model() as model:
+        out = model(input_ids=batch, use_cache=False, output_hidden_states=run.has_router)
+    plan = None
+    if run.has_router:
+        config = run.router.config
+        entropy = tsallis_entropy(out.logits, config.q)
+        hidden = out.hidden_states[config.feature_layer]
+        plan, _ = run.router.plan(hidden, entropy, torch.ones_like(batch))
+    with run.follow_plan(plan) as model:
+        after = model(input_ids=batch, use_cache=False).logits[0]
+    return out.logits[0], after, plan
+
+
+def tokenize(
+    tokenizer, text: str, question: str | None
+) -> tuple[list[int], list[tuple[int, int]], str]:
+    """Token ids, their character spans, and the text that the spans refer to."""
+    if question is None:
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        return encoded.input_ids, encoded.offset_mapping, text
+    prompt = tokenizer.decode(render_prompt(tokenizer, question))
+    text = text if tokenizer.chat_template else f" {text}"
+    encoded_prompt, encoded_text = (
+        tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
+        for part in (prompt, text)
+    )
+    shifted = [(a + len(prompt), b + len(prompt)) for a, b in encoded_text.offset_mapping]
+    ids = encoded_prompt.input_ids + encoded_text.input_ids
+    return ids, encoded_prompt.offset_mapping + shifted, prompt + text
+
+
+def text_spans(rendered: str, text: str, question: str | None) -> list[tuple[int, int]]:
+    """The spans of the question and the answer in the rendered chat; the rest is template."""
+    if question is None:
+        return [(0, len(rendered))]
+    answer = len(rendered) - len(text)
+    start = rendered.rfind(question, 0, answer)
+    return [(start, start + len(question)), (answer, len(rendered))]
+
+
+def compare_logits(
+    before: torch.Tensor, after: torch.Tensor, ids: torch.Tensor, top: int
+) -> Comparison:
+    """Compare two models' logits (T, V) for the token ids (T,), slice by slice."""
+    comparison = Comparison(([], []), ([], []), [])
+    for first in range(0, len(ids), ROWS):
+        rows = slice(first, first + ROWS)
+        log_p = [logits[rows].float().log_softmax(-1) for logits in (before, after)]
+        following = ids[first + 1 : first + ROWS + 1]
+        for side, values in enumerate(log_p):
+            own = values[: len(following)].gather(-1, following[:, None])[:, 0]
+            comparison.log_probs[side].extend(own.tolist())
+            best = values.exp().topk(top, -1)
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            comparison.top[side].extend(list(zip(i, p, strict=True)) for i, p in pairs)
+        distance = (log_p[0].exp() - log_p[1].exp()).abs().sum(-1) / 2
+        comparison.change += distance.tolist()
+    return comparison
