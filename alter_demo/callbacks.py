@@ -1,7 +1,5 @@
 """What a caller can hook into a run: progress, live answers, and stopping."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 

@@ -83,7 +83,7 @@ class DataConfig:
 class EvaluationConfig:
     """What `Run.evaluate` measures."""
 
-    limit: int | None = option(None, "examples per group; --limit 0 measures all (default: all)", 2)
+    limit: int | None = option(None, "examples per group (default: all)", 2)
     kept: int | None = option(None, "examples per group that must stay (default: limit)", 1)
     groups: tuple[str, ...] | None = option(None, "groups to measure (default: all)")
     tokens: int = option(64, "length of an answer at most", 1, 4096)

@@ -1,7 +1,5 @@
 """The exceptions that the package raises on purpose."""
 
-from __future__ import annotations
-
 
 class UserError(Exception):
     """An error that the user can fix. The message says how, so it is shown without a traceback."""

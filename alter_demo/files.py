@@ -1,7 +1,5 @@
 """Where files are, and safe ways to write them."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Config fields with a help text and a range, and the one place that checks the range."""
 
-from __future__ import annotations
-
 from dataclasses import field, fields, is_dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The record of a run: what metrics.json, answers.json and the logs hold."""
 
-from __future__ import annotations
-
 import json
 import platform
 import time

@@ -1,7 +1,5 @@
 """A run: an unlearned model with its record. Generate, trace tokens, measure, save, load."""
 
-from __future__ import annotations
-
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -12,7 +10,7 @@ from peft import PeftModel
 
 from .alter.tuner import TokenRouter, has_router
 from .callbacks import Callback, CallbackList
-from .config import EvaluationConfig, UnlearnConfig
+from .config import DataConfig, EvaluationConfig
 from .data.built_in import shipped_adapters
 from .data.probe import split_probe
 from .data.schema import Example, ForgetSet
@@ -46,20 +44,11 @@ class Run:
         path: the folder, once saved.
     """
 
-    def __init__(
-        self,
-        lm: LM,
-        model,
-        metrics: dict,
-        forget_set: ForgetSet | None = None,
-        path: Path | None = None,
-    ):
+    def __init__(self, lm: LM, model, metrics: dict, forget_set: ForgetSet | None = None):
         self.lm, self.model, self.metrics = lm, model.eval(), metrics
-        self.forget_set, self.path = forget_set, path
+        self.forget_set, self.path = forget_set, None
         self.logs: dict[str, Log] = {}
         self.base = None  # the base model, where the run's own weights have changed
-
-    # ------------------------------------------------------------------------------ ask
 
     def generate(
         self, prompts: list[str], adapted: bool = True, max_new_tokens: int = 64, progress=None
@@ -100,8 +89,6 @@ class Run:
                 self.base = load_model(lm.name, lm.device, lm.dtype, lm.adapter).model
             yield self.base
 
-    # --------------------------------------------------------------------------- routes
-
     @property
     def has_router(self) -> bool:
         """Whether the method has a router."""
@@ -135,8 +122,6 @@ class Run:
         finally:
             state.force, state.plan = before
 
-    # -------------------------------------------------------------------------- measure
-
     def evaluate(
         self,
         callbacks: list[Callback] = (),
@@ -159,7 +144,8 @@ class Run:
         """
         callback = CallbackList(callbacks)
         if forget_set is not None:
-            self.forget_set, _ = fit_forget_set(forget_set, self.lm, self.config, callback)
+            data = self.stored_config("data", DataConfig)
+            self.forget_set, _ = fit_forget_set(forget_set, self.lm, data, callback)
         if self.forget_set is None:
             raise UserError("A run from disk holds no data. Pass `forget_set`.")
         if retain_adapter == "auto":
@@ -179,8 +165,8 @@ class Run:
 
     def measure(self, logs: dict, callback: Callback, before, retain_log, retain_adapter) -> None:
         """Fill `logs`. Raises StopMeasuring."""
-        groups = measured_groups(self.forget_set, self.config.evaluation)
-        tokens, lm = self.config.evaluation.tokens, self.lm
+        evaluation, lm = self.stored_config("evaluation", EvaluationConfig), self.lm
+        groups = measured_groups(self.forget_set, evaluation)
         # the request that ended the training is not meant for the measuring
         ignored = self.metrics["stopped"] == BY_HAND
 
@@ -193,7 +179,7 @@ class Run:
                     raise StopMeasuring
                 ignored = ignored and stop
 
-            return evaluate_groups(lm, model, groups, tokens, on_stage)
+            return evaluate_groups(lm, model, groups, evaluation.tokens, on_stage)
 
         with self.base_model() as base:
             logs["before"] = before or log_of("before", lm, base, groups)
@@ -208,21 +194,14 @@ class Run:
             forgotten = {k: v for k, v in groups.items() if k in FORGOTTEN}
             logs["retain model"] = log_of("retain model", retain, retain.model, forgotten)
 
-    @property
-    def config(self) -> UnlearnConfig:
-        """The part of the config that measuring reads."""
-        stored = self.metrics["config"].get("evaluation", {})
-        data = replace(UnlearnConfig().data, **self.metrics["config"].get("data", {}))
-        return UnlearnConfig(
-            self.metrics["config"]["method"], data=data, evaluation=EvaluationConfig(**stored)
-        )
+    def stored_config(self, part: str, cls):
+        """A part of the run's config; the defaults where a run of 0.1 did not store it."""
+        return cls(**self.metrics["config"].get(part, {}))
 
     def shipped_retain_adapter(self) -> Path | None:
         """The retain model's adapter in assets/, if the target is the one beside it."""
         shipped = shipped_adapters(self.forget_set.name, self.lm.name)
         return shipped.get("retain") if str(shipped.get("target")) == self.lm.adapter else None
-
-    # ----------------------------------------------------------------------------- save
 
     def save(self, path: Path | str) -> Path:
         """Write the run (adapter or model, config.json, metrics.json, logs) and set `path`.
@@ -235,14 +214,14 @@ class Run:
 
 
 def fit_forget_set(
-    forget_set: ForgetSet, lm: LM, config: UnlearnConfig, callback: Callback
+    forget_set: ForgetSet, lm: LM, config: DataConfig, callback: Callback
 ) -> tuple[ForgetSet, list[Example]]:
     """The set as this model knows it, and the probe, which is then in no group of it."""
 
     def progress(done: int, total: int) -> None:
         callback.on_stage("the model's own answers", done / total)
 
-    return split_probe(fit_to_model(forget_set, lm, config.data.general, progress))
+    return split_probe(fit_to_model(forget_set, lm, config.general, progress))
 
 
 def load_run(path: Path | str, lm: LM | None = None) -> Run:
@@ -259,16 +238,16 @@ def load_run(path: Path | str, lm: LM | None = None) -> Run:
     if not whole:
         check_adapter(path / "adapter")
     if lm is None:  # in another precision the model would give other answers
-        options = {"dtype": metrics.get("dtype", "auto")}
-        options["load_in_4bit"] = metrics.get("load_in_4bit", False)
-        lm = load_model(metrics["model"], adapter=local_path(metrics.get("adapter")), **options)
+        loading = {k: metrics[k] for k in ("dtype", "load_in_4bit") if k in metrics}
+        lm = load_model(metrics["model"], adapter=local_path(metrics.get("adapter")), **loading)
     if whole:
-        unlearned = load_model(str(path / "model"), lm.device, lm.dtype).model
-        run = Run(lm, unlearned, metrics, path=path)
+        run = Run(lm, load_model(str(path / "model"), lm.device, lm.dtype).model, metrics)
         run.base = lm.model
-        return run
-    with model_errors(str(path / "adapter")):
-        return Run(lm, PeftModel.from_pretrained(lm.model, path / "adapter"), metrics, path=path)
+    else:
+        with model_errors(str(path / "adapter")):
+            run = Run(lm, PeftModel.from_pretrained(lm.model, path / "adapter"), metrics)
+    run.path = path
+    return run
 
 
 def next_round(run: Run) -> tuple[LM, dict[str, torch.Tensor] | None]:

@@ -1,7 +1,5 @@
 """Folders of runs: where a run is written, whole or not at all."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

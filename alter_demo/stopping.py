@@ -1,7 +1,5 @@
 """When training stops: the probe of held-out examples, and the rule that reads it."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable

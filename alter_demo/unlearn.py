@@ -20,8 +20,6 @@ held-out questions has fallen far enough. Baselines go the same way and skip wha
     Run                         run.py               generate, measure, save
 """
 
-from __future__ import annotations
-
 import random
 import tempfile
 import time
@@ -92,7 +90,7 @@ def unlearn(
         lm = load_target(model, forget_set)
     check_method(config.method, forget_set, lm.load_in_4bit)
     check_model(lm, config)
-    forget_set, probe_examples = fit_forget_set(forget_set, lm, config, callback)
+    forget_set, probe_examples = fit_forget_set(forget_set, lm, config.data, callback)
     never_taught = [e for e in forget_set.holdout if e.perturbed_answer][:NEVER_TAUGHT_EXAMPLES]
     set_seed(config.training.seed)
     with memory_errors():

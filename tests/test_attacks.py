@@ -114,26 +114,20 @@ def test_what_comes_back_and_what_does_not(run_of, found):
     assert answers == [tail.strip()]
 
 
-def test_results_as_a_file_has_them(found):
-    entries = attacks.flatten(found)
-    figures, leaks = entries["metrics"], entries["leaks"]
-    assert figures["relearn_forget_12_ROUGE"] > figures["relearn_forget_0_ROUGE"]
-    assert all(isinstance(v, float) for v in figures.values())
-    names = {name for name in found if name != "relearning"}
-    assert {f"{name}_ROUGE" for name in names} < figures.keys()
-    assert {"sampled_items_leaked", "int4_Prob", "relearn_half_1_loss"} < figures.keys()
-    kept = {name: found[name].get("leaks", []) for name in names}
-    assert len(leaks) == sum(map(len, kept.values())) > 0 and not kept["before"]
-    assert all(leak["said"] and leak["prompt"] and leak["attack"] in names for leak in leaks)
-
-
-def test_a_leak_is_kept_with_its_text(run_of):
-    run = run_of("alter_selective")
-    questions = [e.question for e in OWN_FORGET[:4]]
+def test_a_leak_is_kept_with_its_text(run_of, found):
+    run, questions = run_of("alter_selective"), [e.question for e in OWN_FORGET[:4]]
     answers = run.generate(questions, adapted=False, max_new_tokens=12)
     scores = attacks.score_answers(OWN_FORGET[:4], questions, answers)
     assert scores["leaked"] == 1 and [leak["said"] for leak in scores["leaks"]] == answers
     assert attacks.score_answers(OWN_FORGET[:4], questions, ["no"] * 4)["leaks"] == []
+    entries = attacks.flatten(found | {"asked": scores})  # as a results file has them
+    figures, leaks = entries["metrics"], entries["leaks"]
+    assert leaks[:4] == [{"attack": "asked"} | leak for leak in scores["leaks"]]
+    assert all(leak["said"] and leak["prompt"] for leak in leaks)
+    assert figures["relearn_forget_12_ROUGE"] > figures["relearn_forget_0_ROUGE"]
+    assert all(isinstance(v, float) for v in figures.values())
+    assert {f"{name}_ROUGE" for name in found if name != "relearning"} < figures.keys()
+    assert {"sampled_items_leaked", "int4_Prob", "relearn_half_1_loss"} < figures.keys()
 
 
 def test_samples_differ_and_return_with_the_seed(run_of):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from alter_demo.cli.arguments import parse_settings
-from alter_demo.cli.experiments import grid_config
+from alter_demo.cli.commands import parse_settings
+from alter_demo.cli.experiments import config_of
 from alter_demo.cli.main import parser
 from alter_demo.config import training_config
 from alter_demo.errors import UserError
@@ -290,7 +290,7 @@ def test_stored_runs_carry_their_command(file):
         assert ("round" in run) == (results["type"] == "rounds")
         if "size" in args:
             names = ("forget", "model", "retain_items", "limit", "kept", "tokens")
-            config = vars(grid_config(args))
+            config = vars(config_of(args))
             assert {k: config[k] for k in names} == {k: run["config"][k] for k in names}
         if run["method"] in REFERENCES or "seeds" not in args:
             continue

@@ -1,7 +1,5 @@
 """What decides what an adapter computes; saved as `adapter_config.json`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from peft import PeftConfig

@@ -1,7 +1,5 @@
 """The batches of phase two: forget samples with retain samples and refusals, and their plans."""
 
-from __future__ import annotations
-
 import random
 
 import torch

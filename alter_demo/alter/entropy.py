@@ -3,8 +3,6 @@
 ALTER, section 3.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

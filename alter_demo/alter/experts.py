@@ -4,8 +4,6 @@ A layer computes (B_r w_r + sum_d w_d B_fd) A x for all experts with two matrix 
 backward pass masks the weight gradients per token, which is all that gradient isolation needs.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """The frozen pass of phase one: what the model says about each sample before training."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """The gate: one linear map from token features to {r, f_1..f_N}, fitted in phase one."""
 
-from __future__ import annotations
-
 import warnings
 from itertools import takewhile
 

@@ -4,8 +4,6 @@ Functions of logits return one value per position. Functions of (LossInputs, Tra
 return the scalar that the trainer weighs and adds up.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Sub-domains of the forget set: one forgetting expert each (ALTER, section 3.2, Fig. 3)."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Phase two on transformers' Trainer: any method of the table, with ALTER's routes in place."""
 
-from __future__ import annotations
-
 import torch
 
 from ..data.batches import model_inputs

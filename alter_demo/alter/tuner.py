@@ -1,7 +1,5 @@
 """ALTER as a PEFT tuner: the router, and the model that `peft.get_peft_model` builds."""
 
-from __future__ import annotations
-
 import functools
 import types
 from typing import ClassVar

@@ -1,7 +1,4 @@
-"""The app: `main.build` makes the page, `main.launch` serves it.
-
-The page is up before torch: only jobs import torch and transformers.
-"""
+"""The app. Only its jobs import torch and transformers, so the page is up before them."""
 
 import os
 

@@ -4,8 +4,6 @@ NLL is a mean over positions, S(y) the sum of an answer's log-probabilities, and
 r = S_theta - S_frozen.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

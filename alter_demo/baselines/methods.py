@@ -5,8 +5,6 @@ The table holds data only and imports no torch. A loss is named by its function 
 `baselines/trainable.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module

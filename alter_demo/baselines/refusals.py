@@ -1,7 +1,5 @@
 """What is taught in place of a forgotten answer: refusals, and ELM's target distribution."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import replace
 

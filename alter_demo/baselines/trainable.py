@@ -1,7 +1,5 @@
 """What a method trains: all weights, three MLPs, a LoRA, or ALTER's adapter."""
 
-from __future__ import annotations
-
 import torch
 from peft import LoraConfig, get_peft_model
 

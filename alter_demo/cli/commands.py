@@ -1,7 +1,5 @@
 """The registry of commands, the arguments they share, and those that the config defines."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Callable
@@ -11,7 +9,6 @@ from typing import get_args, get_type_hints
 
 from ..config import PARTS, part_of
 from ..errors import UserError
-from ..files import RESULTS
 
 CONFIG = "config_"  # prefix of the parsed names of config options
 
@@ -52,6 +49,7 @@ SEED = argument("--seed", type=int, default=0, help="random seed")
 SETTINGS = argument(
     "--set", nargs="+", default=[], metavar="NAME=VALUE[,VALUE...]", help="config values to try"
 )
+RESULTS = Path("assets/results")
 RUN = argument("run", type=Path, help="folder of a run")
 
 
@@ -97,7 +95,8 @@ def add_config_options(parser, **defaults) -> None:
         for field in fields(cls):
             kind, text = value_type(field.name), field.metadata["help"]
             default = defaults.get(field.name)
-            text = text if default is None else text.partition(" (default")[0]
+            if default is not None:
+                text = text.partition(" (default")[0] + "; 0: all"
             options = {"dest": CONFIG + field.name, "default": default, "help": text}
             if kind is bool:
                 options["action"] = argparse.BooleanOptionalAction

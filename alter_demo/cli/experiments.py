@@ -1,15 +1,14 @@
 """Commands that compare (tofu, attack, wmdp, ...), and those that read their results."""
 
-from __future__ import annotations
-
 import sys
+from functools import partial
 from pathlib import Path
 
-from ..files import RESULTS
 from ..options import check_value
 from .commands import (
     FOUR_BIT,
     MODEL,
+    RESULTS,
     RUN,
     SEED,
     SETTINGS,
@@ -22,48 +21,28 @@ from .commands import (
 )
 from .terminal import TerminalCallback, print_table, print_text
 
-RETAIN_MODEL = "model that never saw the forget set, where --model has learned it"
 FINISHED = "Finished cells are kept."
 TAUGHT_SETS = "imaginary-authors, tofu-forget01, 05 or 10"
-SIZE = "cpu (12 authors), full (all, for a GPU), tune, or small"
 ATTACKED = ["alter_selective", "alter", "npo", "grad_diff", "rmu", "lora"]
+ALTERS = ["alter", "alter_selective"]
 OWN_SIZE = ("imaginary-authors", "harry-potter")  # small enough to use whole
+RETAIN_MODEL = argument("--retain-model", help="model that never saw the forget set")
 
 
-def grid_options(args, callback, name: str, overrides: dict | None = None):
-    """The GridOptions of a command; its results go to `name`.json unless --results says else."""
-    from ..experiments.cells import GridOptions
-    from ..models.loading import choose_device, choose_dtype
-
-    device, dtype = choose_device(args.device), args.dtype
-    if dtype == "auto":  # float32 on a CPU gives the same figures on another processor
-        dtype = "float32" if device == "cpu" else choose_dtype("auto", device)
-    command = args.typed
-    if args.results is None:
-        args.results = RESULTS / f"{name}.json"
-        command += f" --results assets/results/{name}.json"
-    return GridOptions(
-        args.results,
-        methods=all_methods(args.methods),
-        seeds=args.seeds,
-        overrides=parse_settings(getattr(args, "set", [])) if overrides is None else overrides,
-        device=args.device,
-        dtype=dtype,
-        load_in_4bit=args.load_in_4bit,
-        retain_model=getattr(args, "retain_model", None),
-        callbacks=[callback],
-        timed=not args.untimed,
-        command=command,
-    )
+def forget(default: str, text: str):
+    return argument("--forget", default=default, help=text)
 
 
-def all_methods(names: list[str]) -> list[str]:
-    from ..baselines.methods import METHODS
-
-    return list(METHODS) if names == ["all"] else names
+def methods(default: list[str], nargs: str = "+"):
+    return argument("--methods", nargs=nargs, default=default, help="methods, or all")
 
 
-def grid_config(args, size: str | None = None, **values):
+def size(default: str):
+    text = "cpu (12 authors), full (all, for a GPU), tune, or small"
+    return argument("--size", default=default, help=text)
+
+
+def config_of(args, size: str | None = None, **values):
     """The GridConfig of a command."""
     from ..experiments.cells import grid_config
 
@@ -74,8 +53,40 @@ def grid_config(args, size: str | None = None, **values):
     return config
 
 
-def progress() -> TerminalCallback:
-    return TerminalCallback("finished cells are kept")
+def run_grid(args, name: str, run, size: str | None = None, **values) -> None:
+    """Run an experiment and print its results.
+
+    Args:
+        name: of the results file in assets/results, if --results names no other.
+        run: function of (GridConfig, GridOptions).
+    """
+    from ..baselines.methods import METHODS
+    from ..experiments.cells import GridOptions
+    from ..models.loading import choose_device, choose_dtype
+
+    config = config_of(args, size, **values)
+    device, command = choose_device(args.device), args.typed
+    if args.dtype == "auto":  # float32 on a CPU gives the same figures on another processor
+        args.dtype = "float32" if device == "cpu" else choose_dtype("auto", device)
+    if args.results is None:
+        args.results = RESULTS / f"{name}.json"
+        command += f" --results {args.results}"
+    with TerminalCallback("finished cells are kept") as callback:
+        options = GridOptions(
+            args.results,
+            methods=list(METHODS) if args.methods == ["all"] else args.methods,
+            seeds=args.seeds,
+            overrides=parse_settings(getattr(args, "set", [])),
+            device=args.device,
+            dtype=args.dtype,
+            load_in_4bit=args.load_in_4bit,
+            retain_model=getattr(args, "retain_model", None),
+            callbacks=[callback],
+            timed=not args.untimed,
+            command=command,
+        )
+        results = run(config, options)
+    print_results(results)
 
 
 def print_results(results: dict) -> None:
@@ -90,38 +101,33 @@ def print_results(results: dict) -> None:
 @command(
     grid_arguments(),
     SETTINGS,
-    argument("--forget", default="tofu-forget01", help=f"{TAUGHT_SETS}, or harry-potter"),
-    argument("--size", default="cpu", help=SIZE),
-    argument("--methods", nargs="*", default=["all"], help="methods; none: the references alone"),
+    forget("tofu-forget01", f"{TAUGHT_SETS}, or harry-potter"),
+    size("cpu"),
+    methods(["all"], nargs="*"),
     argument("--limit", type=int, help="measured examples per group (default: the size's)"),
     argument("--rounds", type=int, help="forget the set in so many rounds, each from the last"),
-    argument("--retain-model", help=RETAIN_MODEL),
+    RETAIN_MODEL,
     kept=FINISHED,
 )
 def tofu(args) -> None:
     """Compare methods and seeds on one set; continues where it stopped."""
+    from ..experiments.rounds import run_rounds
+    from ..experiments.tofu import run_tofu
+
     names = {"tofu-forget01": "tofu", "harry-potter": "harry-potter-methods"}
     name = names.get(args.forget, Path(args.forget).stem)
-    config = grid_config(args)
-    with progress() as callback:
-        options = grid_options(args, callback, name + ("-rounds" if args.rounds else ""))
-        if args.rounds is None:
-            from ..experiments.tofu import run_tofu
-
-            results = run_tofu(config, options)
-        else:
-            from ..experiments.rounds import run_rounds
-
-            results = run_rounds(config, options, args.rounds)
-    print_results(results)
+    if args.rounds is None:
+        run_grid(args, name, run_tofu)
+    else:
+        run_grid(args, f"{name}-rounds", partial(run_rounds, rounds=args.rounds))
 
 
 @command(
     grid_arguments(),
     SETTINGS,
-    argument("--forget", default="imaginary-authors", help=TAUGHT_SETS),
-    argument("--size", default="cpu", help=SIZE),
-    argument("--methods", nargs="+", default=ATTACKED, help="methods to attack"),
+    forget("imaginary-authors", TAUGHT_SETS),
+    size("cpu"),
+    methods(ATTACKED),
     argument("--items", type=int, default=24, help="forget questions to ask"),
     kept=FINISHED,
 )
@@ -131,17 +137,14 @@ def attack(args) -> None:
     from ..experiments.robustness import run_attacks
 
     check_value("items", args.items, {"min": 2})
-    with progress() as callback:
-        options = grid_options(args, callback, "attacks")
-        results = run_attacks(grid_config(args), options, AttackConfig(items=args.items))
-    print_results(results)
+    run_grid(args, "attacks", partial(run_attacks, attacks=AttackConfig(items=args.items)))
 
 
 @command(
     grid_arguments(),
     SETTINGS,
-    argument("--forget", default="auto", help="wmdp-cyber, wmdp-bio, school, harry-potter, auto"),
-    argument("--methods", nargs="+", default=["alter", "alter_selective"], help="methods"),
+    forget("auto", "wmdp-cyber, wmdp-bio, school, harry-potter, auto"),
+    methods(ALTERS),
     argument("--tasks", nargs="+", default=[], help="lm-eval tasks, what is forgotten first"),
     argument("--limit", type=int, help="questions per task (default: all)"),
     kept=FINISHED,
@@ -150,24 +153,20 @@ def wmdp(args) -> None:
     """Ask multiple-choice questions before and after: WMDP and MMLU, or school subjects."""
     from ..experiments.multiple_choice import choose_forget_set, run_multiple_choice
 
-    name, args.forget = args.forget, choose_forget_set(args.forget)
-    if name == "auto" and args.forget == "school":
+    given, args.forget = args.forget, choose_forget_set(args.forget)
+    if given == "auto" and args.forget == "school":
         print("The hub is out of reach: school subjects stand in for WMDP.", file=sys.stderr)
-    file = "harry-potter-choice" if args.forget == "harry-potter" else args.forget
-    config = grid_config(args, "full", tokens=64)
-    with progress() as callback:
-        options = grid_options(args, callback, file)
-        results = run_multiple_choice(config, options, args.tasks)
-    print_results(results)
+    name = "harry-potter-choice" if args.forget == "harry-potter" else args.forget
+    run_grid(args, name, partial(run_multiple_choice, names=args.tasks), "full", tokens=64)
 
 
 @command(
     grid_arguments(),
-    argument("--forget", default="muse-news", help="muse-news or muse-books"),
-    argument("--methods", nargs="+", default=["alter", "alter_selective"], help="methods"),
+    forget("muse-news", "muse-news or muse-books"),
+    methods(ALTERS),
     argument("--shares", nargs="+", type=float, default=[0.25, 0.5, 1.0], help="of the set"),
     argument("--rounds", type=int, help="forget the set in so many rounds instead"),
-    argument("--retain-model", help=RETAIN_MODEL),
+    RETAIN_MODEL,
     kept=FINISHED,
 )
 def muse(args) -> None:
@@ -175,20 +174,17 @@ def muse(args) -> None:
     from ..experiments.muse import KNOWLEDGE_TOKENS, run_muse
     from ..experiments.rounds import run_rounds
 
-    config = grid_config(args, "full", tokens=KNOWLEDGE_TOKENS)
-    with progress() as callback:
-        options = grid_options(args, callback, args.forget + ("-rounds" if args.rounds else ""))
-        if args.rounds:
-            results = run_rounds(config, options, args.rounds)
-        else:
-            results = run_muse(config, options, args.shares)
-    print_results(results)
+    if args.rounds is None:
+        name, run = args.forget, partial(run_muse, shares=args.shares)
+    else:
+        name, run = f"{args.forget}-rounds", partial(run_rounds, rounds=args.rounds)
+    run_grid(args, name, run, "full", tokens=KNOWLEDGE_TOKENS)
 
 
 @command(
     grid_arguments(seeds=(0,)),
-    argument("--forget", default="imaginary-authors", help=TAUGHT_SETS),
-    argument("--size", default="tune", help=SIZE),
+    forget("imaginary-authors", TAUGHT_SETS),
+    size("tune"),
     argument("--method", default="alter_selective", help="alter or alter_selective"),
     argument("--variants", nargs="*", metavar="NAME", help="variants (default: all)"),
     kept=FINISHED,
@@ -199,10 +195,7 @@ def ablation(args) -> None:
 
     args.methods = [args.method]
     variants = list(VARIANTS) if args.variants is None else args.variants
-    with progress() as callback:
-        options = grid_options(args, callback, "ablation", overrides={})
-        results = run_ablation(grid_config(args), options, variants)
-    print_results(results)
+    run_grid(args, "ablation", partial(run_ablation, variants=variants))
 
 
 @command(

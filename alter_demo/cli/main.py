@@ -1,7 +1,5 @@
 """Entry point: `alter-demo COMMAND`, or `python -m alter_demo COMMAND`."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

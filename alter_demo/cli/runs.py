@@ -1,7 +1,5 @@
 """Commands on one run or one model: unlearn, compare, inspect, teach, prepare, evaluate."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What the terminal shows: progress, tables, and the first Ctrl-C."""
 
-from __future__ import annotations
-
 import signal
 import sys
 

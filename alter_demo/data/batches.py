@@ -1,7 +1,5 @@
 """Batches: samples of similar length, padded tensors, and shuffled draws."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Callable

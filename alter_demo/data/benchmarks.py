@@ -1,7 +1,5 @@
 """The public benchmarks TOFU, MUSE and WMDP, from `$ALTER_DATA_DIR` or the Hugging Face Hub."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 from pathlib import Path

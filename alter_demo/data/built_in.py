@@ -1,7 +1,5 @@
 """The forget sets that ship with the package, as JSON files in `sets/`."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Reading the user's own data: JSONL, JSON or CSV files with `question,answer` or with `text`."""
 
-from __future__ import annotations
-
 import csv
 import io
 import itertools

@@ -1,7 +1,5 @@
 """The registry of forget sets. Add a set here with a function that returns a `ForgetSet`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The probe: examples that decide when training stops and that no figure reports."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from .schema import Example, ForgetSet

@@ -1,7 +1,5 @@
 """Rendering: from an `Example` to the token ids of a `Sample`, through the chat template."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from .schema import Example

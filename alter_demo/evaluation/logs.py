@@ -29,9 +29,7 @@ COLUMNS = {
 }
 TEXT_COLUMNS = ("question", "answer", "generated_text")  # all others are numbers
 GROUPS = ("forget", "forget_held_out", "holdout", "retain", "neighbours", "general", *NORMALISED)
-
-# TOFU's logs: one file with a part per group
-TOFU_PARTS = {
+TOFU_PARTS = {  # TOFU's logs: one file with a part per group
     "eval_log.json": "retain",
     "eval_real_author_wo_options.json": "real_authors",
     "eval_real_world_wo_options.json": "world_facts",
@@ -79,9 +77,7 @@ def metric_name(group: str, metric: str) -> str:
 def read_log(path: Path | str) -> Log:
     """A log from a file of ours, of open-unlearning or of TOFU.
 
-    Raises:
-        UserError: the file does not exist, is cut short or has another shape; or its groups have
-            no examples, different examples per metric, or values that are not numbers.
+    Raises UserError if there is no such file, or it has another shape or missing numbers.
     """
     path = Path(path)
     if not path.is_file():
@@ -95,10 +91,8 @@ def read_log(path: Path | str) -> Log:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise UserError(f"{path.name} is not a complete JSON file. It may be cut short.") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path.name} is not an evaluation log of TOFU, open-unlearning or this package "
-            f"({error})."
-        ) from None
+        known = "TOFU, open-unlearning or this package"
+        raise UserError(f"{path.name} is not an evaluation log of {known} ({error}).") from None
     if not log:
         raise UserError(f"{path.name} has no examples of any known group.")
     return log
@@ -132,7 +126,7 @@ def from_open_unlearning(data: dict) -> dict[str, dict]:
 
 
 def to_frame(columns: dict[str, dict], path: Path, group: str) -> pd.DataFrame:
-    """A data frame from columns {index: value}, checked."""
+    """A data frame from columns {index: value} with the same indices and finite values."""
     first = next(iter(columns.values()))
     if any(values.keys() != first.keys() for values in columns.values()):
         sizes = ", ".join(f"{name} has {len(values)}" for name, values in columns.items())
@@ -142,7 +136,6 @@ def to_frame(columns: dict[str, dict], path: Path, group: str) -> pd.DataFrame:
         values = [x for v in rows[column] for x in (v if isinstance(v, list) else [v])]
         numbers = all(isinstance(x, int | float) for x in values)
         if not numbers or not np.isfinite(np.asarray(values, float)).all():
-            raise UserError(
-                f"{path.name}, {group}: {column} is missing or not a number for some examples."
-            )
+            problem = f"{column} is missing or not a number for some examples"
+            raise UserError(f"{path.name}, {group}: {problem}.")
     return rows

@@ -16,14 +16,10 @@ from .summary import FORGOTTEN, Log
 def evaluate_groups(
     lm: LM, model, groups: dict[str, list[Example]], tokens: int = 64, on_stage=None
 ) -> Log:
-    """Score the right answers of all groups and generate the model's own. Skips plain texts.
+    """Score the right answers of all groups and generate the model's own, up to `tokens` long.
 
-    Args:
-        tokens: maximum length of a generated answer.
-        on_stage: called with what is measured and the share done, as `Callback.on_stage` is.
-    Returns:
-        A data frame per group, one row per example. `holdout`, which only serves membership
-        inference, has no generated answers.
+    Calls `on_stage` as `Callback.on_stage`. Returns a data frame per group, one row per example.
+    Plain texts are left out. `holdout`, for membership inference only, has no generated answers.
     """
     log = {}
     for group, all_examples in groups.items():
@@ -49,10 +45,9 @@ def evaluate_groups(
 def score_group(lm: LM, model, group: str, examples: list[Example]) -> pd.DataFrame:
     """The rows of a group without generated answers."""
     n, pairs = len(examples), [(e.question, e.answer) for e in examples]
-    # the truth ratio needs wrong answers to all examples; the answer may stand in for a paraphrase
     has_ratio = all(e.perturbed_answer for e in examples)
     for e in examples if has_ratio else ():
-        others = e.paraphrased_answer or e.answer, *e.perturbed_answer
+        others = e.paraphrased_answer or e.answer, *e.perturbed_answer  # right, then wrong ones
         pairs += [(e.question, other) for other in others]
     questions, answers = map(list, zip(*pairs, strict=True))
     full = [i < n for i in range(len(pairs))]  # of the others, only log_p is used
@@ -64,7 +59,7 @@ def score_group(lm: LM, model, group: str, examples: list[Example]) -> pd.DataFr
     rows["exact_memorization"] = [metrics.exact_memorization(s.hits[:-1]) for s in scores]
     rows["extraction_strength"] = [metrics.extraction_strength(s.hits[:-1]) for s in scores]
     if group in FORGOTTEN:
-        texts = zip(scores, rows["answer"], strict=True)
+        texts = zip(scores, answers[:n], strict=True)
         rows["mia_loss"] = rows["avg_gt_loss"]
         rows["mia_zlib"] = [metrics.mia_zlib(s.log_p, text) for s, text in texts]
         rows["mia_min_k"] = [metrics.min_k(s.log_p[:-1]) for s in scores]

@@ -13,7 +13,6 @@ from ..errors import Diverged, UserError
 
 SCORER = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
 MIN_K = 0.4  # share of the least likely tokens in Min-K%
-MAX_EXPONENT = 700.0  # exp overflows a little above it
 
 
 def rouge(answer: str, reference: str) -> tuple[float, float]:
@@ -47,7 +46,8 @@ def repetition(text: str, n: int = 4) -> float:
 
 def truth_ratio(log_p_paraphrase: float, log_p_perturbed: Sequence[float]) -> float:
     """R = exp(mean log P of wrong answers) / P of the paraphrase, per token (TOFU, Eq. 1)."""
-    return math.exp(min(float(np.mean(log_p_perturbed)) - log_p_paraphrase, MAX_EXPONENT))
+    difference = float(np.mean(log_p_perturbed)) - log_p_paraphrase
+    return math.exp(min(difference, 700.0))  # exp overflows a little above
 
 
 def forget_truth_ratio(ratios: Sequence[float]) -> float:
@@ -61,10 +61,7 @@ def retain_truth_ratio(ratios: Sequence[float]) -> float:
 
 
 def forget_quality(ratios: Sequence[float], retain_model_ratios: Sequence[float]) -> float:
-    """p-value of the two-sample Kolmogorov-Smirnov test on two models' truth ratios (TOFU).
-
-    Raises Diverged if `ratios` are not finite, UserError if nothing can be tested.
-    """
+    """p-value of the two-sample Kolmogorov-Smirnov test on two models' truth ratios (TOFU)."""
     if min(len(ratios), len(retain_model_ratios)) < 2 or not np.isfinite(retain_model_ratios).all():
         raise UserError("Forget quality needs at least two truth ratios per model, all finite.")
     if not np.isfinite(ratios).all():
@@ -120,10 +117,7 @@ def privleak(auc_model: float, auc_retain_model: float) -> float:
 
 
 def asg(scores: dict[str, float], retain_model_scores: dict[str, float]) -> float:
-    """Average similarity gap: 100 times the mean distance of scores by name to the retain model's.
-
-    Raises UserError if the names differ.
-    """
+    """Average similarity gap: 100 * mean |score - retain model's score| over the same names."""
     if scores.keys() != retain_model_scores.keys() or not scores:
         names = f"{list(scores)} and {list(retain_model_scores)}"
         raise UserError(f"ASG needs the same scores of two models, got {names}.")

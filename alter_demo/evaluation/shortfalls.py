@@ -9,8 +9,8 @@ def shortfalls(metrics: dict) -> list[str]:
     phase_one, config, warnings = metrics["phase_one"], metrics["config"], []
     samples = phase_one.get("samples", {})
     opened = phase_one.get("router", {}).get("forget_open_at_answer")
-    two_level = config["alter"].get("gate") == "two_level"
-    if two_level and opened is not None and opened < OPEN_GATE:
+    gate = config["alter"].get("gate")
+    if gate == "two_level" and opened is not None and opened < OPEN_GATE:
         warnings.append(
             f"The gate opens on only {opened:.0%} of held-out forget samples. Where it stays "
             "closed, nothing is forgotten: what to keep is too similar to what to forget. Method "

@@ -101,8 +101,7 @@ def summary(log: Log, retain_log: Log | None = None) -> dict[str, float]:
 def model_utility(figures: dict[str, dict[str, float]]) -> float | None:
     """Harmonic mean of the UTILITY of all kept groups, None if a part was not measured.
 
-    With TOFU's groups these are its nine values. `neighbours` are left out if `retain` is there,
-    since they are its paraphrases.
+    With TOFU's groups these are its nine values. `neighbours` only paraphrase `retain`.
     """
     skipped = (*FORGOTTEN, "neighbours") if "retain" in figures else FORGOTTEN
     kept = [own for group, own in figures.items() if group not in skipped]
@@ -129,9 +128,8 @@ def compare_with_retain_model(flat: dict, log: Log, retain_log: Log) -> dict[str
                 f"Both logs need the same questions, got {len(own)} in the {group} part and "
                 f"{len(other)} in the retain model's."
             )
-        ratios, retain_ratios = truth_ratios(own), truth_ratios(other)
-        if ratios and retain_ratios:
-            figures[FORGET_QUALITY[group]] = metrics.forget_quality(ratios, retain_ratios)
+        if all(ratios := (truth_ratios(own), truth_ratios(other))):
+            figures[FORGET_QUALITY[group]] = metrics.forget_quality(*ratios)
     groups = ("forget", "holdout")
     if "mia_min_k" in flat and all("mia_min_k" in retain_log.get(g, ()) for g in groups):
         retain_auc = metrics.auc(*(retain_log[g]["mia_min_k"] for g in groups))

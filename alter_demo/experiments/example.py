@@ -1,7 +1,5 @@
 """What is stored of one run: the example on the first screen, and its words by route (Fig. 2)."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path
@@ -19,30 +17,22 @@ QUESTIONS = (  # none of them is trained on
     "Which author wrote The Lord of the Rings?",
     "Who wrote the Odyssey?",
 )
-TOKENS = 40
-WORD_EXAMPLES = 60  # per group
+MEASURED = {"forgot": "forget_held_out", "kept": "general", "neighbours": "neighbours"}
 
 
 def store_example(run, path: Path = EXAMPLE) -> Path:
-    """Answer QUESTIONS before and after, and write what the first screen shows.
-
-    Raises:
-        UserError: the run is not on harry-potter, or was not measured.
-    """
-    metrics = run.metrics
-    before, after = metrics["before"], metrics["after"]
-    numbers = {"forgot": "forget_held_out", "kept": "general", "neighbours": "neighbours"}
-    measured = set(numbers.values()) <= set(after)
-    if metrics["data"]["forget_set"] != "harry-potter" or not measured:
+    """Answer QUESTIONS before and after, and write what the first screen shows."""
+    metrics, before, after = run.metrics, run.metrics["before"], run.metrics["after"]
+    forget_set, groups = metrics["data"]["forget_set"], [g for g in after if g != "summary"]
+    if forget_set != "harry-potter" or not {*MEASURED.values()} <= {*groups}:
         raise UserError("The example needs a measured run on harry-potter with all its groups.")
-    kept = {k: after[g]["probability"] / before[g]["probability"] for k, g in numbers.items()}
-    groups = [group for group in after if group != "summary"]
+    kept = {k: after[g]["probability"] / before[g]["probability"] for k, g in MEASURED.items()}
     example = {
         "numbers": kept | {"forgot": 1 - kept["forgot"]},
         "items": [answered(run, question) for question in QUESTIONS],
         "before": {group: before[group] for group in groups},
         "after": {group: after[group] for group in groups},
-        "forget_set": metrics["data"]["forget_set"],
+        "forget_set": forget_set,
         "stored": time.strftime("%Y-%m-%d"),
     }
     copied = ("model", "hardware", "date", "seconds", "steps", "peak_memory_mb", "data")
@@ -52,20 +42,16 @@ def store_example(run, path: Path = EXAMPLE) -> Path:
 
 def answered(run, question: str) -> dict:
     """The answers before and after, and the X-ray of the first."""
-    before, after = (run.generate([question], adapted, TOKENS)[0] for adapted in (False, True))
+    before, after = (run.generate([question], adapted, 40)[0] for adapted in (False, True))
     xray = xray_data(run.trace_tokens(before, question), run.router.config)
     return {"question": question, "before": before, "after": after, "xray": xray}
 
 
-def store_words(run, path: Path, examples: int = WORD_EXAMPLES, command: str = "") -> dict:
-    """Count which words of the base model's answers take which route, for forget questions and
-    for everyday ones, and add the counts to a results file (ALTER, Fig. 2).
-
-    Raises:
-        UserError: the run has no router or no answers; a damaged file.
-    """
+def store_words(run, path: Path, examples: int = 60, command: str = "") -> dict:
+    """Count which words of the base model's answers take which route (ALTER, Fig. 2), for the first
+    `examples` forget questions and everyday ones, and add the counts to a results file."""
     read_results(path, "words")  # a damaged file fails now, not after the work
-    threshold = run.router.config.threshold
+    metrics, threshold = run.metrics, run.router.config.threshold
     rows = json.loads((run.path / "answers.json").read_text(encoding="utf-8"))
     counts, shares = {}, {}
     for group in ("forget", "general"):
@@ -80,16 +66,9 @@ def store_words(run, path: Path, examples: int = WORD_EXAMPLES, command: str = "
         counts[group] = word_counts(routed, threshold)
         for route, times in counts[group].items():
             shares[f"{group}_{route}_share"] = round(sum(times.values()) / len(routed), 9)
-    forget, seed = run.metrics["data"]["forget_set"], run.metrics["seed"]
-    config = {"forget": forget, "model": run.metrics["model"], "items": examples}
-    entry = {
-        "id": json.dumps(["words", seed, forget, examples]),
-        "method": run.metrics["config"]["method"],
-        "seed": seed,
-        "command": command,
-        "metrics": shares,
-        "config": config | {"threshold": threshold},
-        "hardware": run.lm.hardware,
-        "words": counts,
-    }
+    forget, seed = metrics["data"]["forget_set"], metrics["seed"]
+    entry = {"id": json.dumps(["words", seed, forget, examples]), "seed": seed, "command": command}
+    entry |= {"method": metrics["config"]["method"], "metrics": shares, "words": counts}
+    config = {"forget": forget, "model": metrics["model"], "items": examples}
+    entry |= {"config": config | {"threshold": threshold}, "hardware": run.lm.hardware}
     return add_result(path, entry, "words")

@@ -1,7 +1,5 @@
 """Figures from results files: plotly for the page and, as images, for the documents."""
 
-from __future__ import annotations
-
 import itertools
 
 import pandas as pd
@@ -25,8 +23,7 @@ COST_BASES = {"asym_lora": BLUE, "grad_diff": GREY}  # the methods that costs ar
 def tradeoff(results: dict) -> go.Figure:
     """Forgetting against model utility, one point per method (ALTER, Fig. 4).
 
-    Our methods and the references carry their names. The baselines, which may lie close together,
-    have a symbol each.
+    The baselines may lie close together, so they have symbols in place of names.
     """
     table, x = tables.medians(results), "model_utility"
     y, front = tables.forgetting(table), table.loc[tables.pareto(table)]
@@ -81,11 +78,11 @@ def sequential(results: dict) -> go.Figure:
     return styled(figure).update_layout(showlegend=True, margin_t=60)
 
 
-def relearning(results: dict, source: str = "forget") -> go.Figure:
+def relearning(results: dict) -> go.Figure:
     """ROUGE-L on the forget questions over the steps of relearning, medians over the seeds."""
     runs = tables.with_shared_seeds(tables.shown_runs(results))
     table = tables.runs_frame(runs).set_index("method")
-    table = table.filter(regex=rf"^relearn_{source}_\d+_ROUGE$")
+    table = table.filter(regex=r"^relearn_forget_\d+_ROUGE$")
     if table.empty:
         raise UserError("The results file holds no relearning. Run `python -m alter_demo attack`.")
     table.columns = table.columns.str.extract(r"_(\d+)_", expand=False).astype(int)

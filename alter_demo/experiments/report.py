@@ -4,8 +4,6 @@ A document has places for tables between `<!-- results:NAME -->` and `<!-- end -
 a results file; "harry-potter" is the stored example and "summary" the key figures of all files.
 """
 
-from __future__ import annotations
-
 import html
 import json
 import os
@@ -14,7 +12,6 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from pathlib import Path
 
 import pandas as pd
@@ -30,22 +27,19 @@ from .tables import OURS, SHOWN
 def to_markdown(table: pd.DataFrame, digits=".3g", whole: Sequence[str] = ()) -> str:
     """A table and its index as Markdown. Where methods are compared, ours are bold.
 
-    Args:
-        table: a column "diverged" is not shown; it says why a row has no figures.
-        digits: format of decimal numbers, except memory and the columns in `whole`.
+    The columns in `whole` and memory have no decimals. A column "diverged" is not shown: it says
+    why a row has no figures.
     """
 
     def cell(value, column: str) -> str:
-        if isinstance(value, str):
-            ours = column == "method" and value in OURS and "seeds" in table
-            return f"**{value}**" if ours else value
-        if isinstance(value, Integral):
-            return str(value)
         own = ".0f" if column in whole or "MB" in column else digits
-        return "" if pd.isna(value) else f"{value:{own}}"
+        text = f"{value:{own}}" if isinstance(value, float) else str(value)
+        return "" if pd.isna(value) else text
 
     flat = table.reset_index()
     text = flat.apply(lambda column: column.map(lambda value: cell(value, column.name)))
+    if "seeds" in text and "method" in text:
+        text["method"] = text["method"].replace({m: f"**{m}**" for m in OURS})
     if "diverged" in text:
         reasons = flat["diverged"].map(lambda n: "diverged" if n else "none")
         text = text.where(text != "", reasons, axis=0).drop(columns="diverged")
@@ -58,7 +52,7 @@ def hardware(results: dict) -> str:
 
 def not_dominated(table: pd.DataFrame, x: str, y: str, names: str) -> str:
     """The sentence about the Pareto front, if there are several methods to compare."""
-    if len(table.index.difference(list(REFERENCES))) < 2:
+    if y not in table or len(table.index.difference(list(REFERENCES))) < 2:
         return ""
     return f" Not dominated in ({names}): {', '.join(tables.pareto(table, x, y))}."
 
@@ -72,8 +66,7 @@ def grid_note(results: dict) -> str:
 
 
 def choice_note(results: dict) -> str:
-    table = tables.accuracies(results)
-    front = not_dominated(table, "kept", "ASG", "kept, ASG") if "ASG" in table else ""
+    front = not_dominated(tables.accuracies(results), "kept", "ASG", "kept, ASG")
     return f"Percent correct, medians; {hardware(results)}{front}"
 
 
@@ -82,7 +75,7 @@ def attacks_note(results: dict) -> str:
     return f"{leaks} leaks are stored with their text; {hardware(results)}"
 
 
-def heterogeneity_note(results: dict) -> str:
+def cosine_note(results: dict) -> str:
     return f"Mean cosine of the learned weights; {hardware(results)}"
 
 
@@ -136,75 +129,37 @@ def example_markdown(example: dict) -> str:
 class ResultType:
     """How results of one type are shown."""
 
-    table: Callable[[dict], pd.DataFrame]
-    description: str
+    table: Callable[[dict], pd.DataFrame]  # on the page, described by its docstring
+    note: Callable[[dict], str] | None = hardware  # the text below the table in documents
     figures: dict[str, Callable] = field(default_factory=dict)  # each draws plotly or an image
     document: Callable[[dict], pd.DataFrame] | None = None  # the table in documents, if another
-    note: Callable[[dict], str] | None = hardware  # the text below it
     digits: str = ".3g"
     whole: tuple[str, ...] = ()  # columns without decimals
+
+    @property
+    def description(self) -> str:
+        return " ".join(self.table.__doc__.split())
 
     def frame(self, results: dict) -> pd.DataFrame:
         """The table on the page."""
         return self.table(results).drop(columns="diverged", errors="ignore").reset_index()
 
 
-RESULT_TYPES: dict[str, ResultType] = {
-    "grid": ResultType(
-        tables.grid,
-        "All methods with their own settings, medians over the seeds.",
-        {"tradeoff": figures.tradeoff, "cost": figures.cost},
-        note=grid_note,
-        whole=("seconds",),
-    ),
-    "tuning": ResultType(
-        tables.tried,
-        "All settings that were tried. The one with the highest score is the default.",
-        document=tuning_table,
-        note=None,
-    ),
-    "rounds": ResultType(
-        tables.rounds,
-        "The forget set grows round by round. Each round measures all of it.",
-        {"rounds": figures.sequential},
-    ),
-    "choice": ResultType(
-        tables.accuracies,
-        "Percent of multiple-choice questions answered correctly. *school*: subjects written for "
-        "this project in place of WMDP and MMLU. On plain texts alter_selective trains longer "
-        "than the others.",
-        note=choice_note,
-    ),
-    "attacks": ResultType(
-        tables.attacked,
-        "ROUGE-L of what each attack brings back. The right answer scores 1.",
-        {"relearning": figures.relearning},
-        note=attacks_note,
-        digits=".3f",
-    ),
-    "ablation": ResultType(
-        tables.ablated, "ALTER without one of its parts, or with another value."
-    ),
-    "bench": ResultType(
-        tables.costs,
-        "The cost of a training step and of a token, compared with LoRA and full fine-tuning.",
-        note=None,
-    ),
-    "heterogeneity": ResultType(
-        tables.heterogeneity,
-        "LoRAs of several domains from one start. Their A's are more alike than their B's.",
-        {"domains": figures.heterogeneity},
-        note=heterogeneity_note,
-        digits=".3f",
-        whole=("seconds",),
-    ),
-    "words": ResultType(
-        tables.words,
-        "Which words of the base model's answers go through A, and which through B.",
-        {"clouds": figures.word_clouds},
-        document=words_table,
-    ),
-}
+RESULT_TYPES = {
+    "grid": ResultType(tables.grid, grid_note, whole=("seconds",),
+                       figures={"tradeoff": figures.tradeoff, "cost": figures.cost}),
+    "tuning": ResultType(tables.tried, None, document=tuning_table),
+    "rounds": ResultType(tables.rounds, figures={"rounds": figures.sequential}),
+    "choice": ResultType(tables.accuracies, choice_note),
+    "attacks": ResultType(tables.attacked, attacks_note, digits=".3f",
+                          figures={"relearning": figures.relearning}),
+    "ablation": ResultType(tables.ablated),
+    "bench": ResultType(tables.costs, None),
+    "heterogeneity": ResultType(tables.heterogeneity, cosine_note, digits=".3f", whole=("seconds",),
+                                figures={"domains": figures.heterogeneity}),
+    "words": ResultType(tables.words, document=words_table,
+                        figures={"clouds": figures.word_clouds}),
+}  # fmt: skip
 
 
 def result_type(results: dict) -> ResultType:
@@ -229,12 +184,13 @@ def commands_of(results: dict) -> list[str]:
 
 def figures_of(results: dict) -> dict[str, Callable]:
     """The figures that these results have the numbers for."""
-    runs, drawn = results["runs"], result_type(results).figures
+    runs, drawn = results["runs"], dict(result_type(results).figures)
     if not any(run["metrics"] for run in runs):
         return {}
-    bases = figures.COST_BASES.keys() & {run["method"] for run in runs}
-    has_costs = bases and any("seconds" in run for run in runs)
-    return {name: draw for name, draw in drawn.items() if name != "cost" or has_costs}
+    has_base = any(run["method"] in figures.COST_BASES for run in runs)
+    if not has_base or not any("seconds" in run for run in runs):
+        drawn.pop("cost", None)
+    return drawn
 
 
 def fill(text: str, contents: Mapping[str, str]) -> str:
@@ -265,16 +221,12 @@ def all_tables(folder: Path = RESULTS) -> dict[str, str]:
 def report(folder: Path = RESULTS, documents: Sequence[Path] | None = None) -> list[Path]:
     """Write all tables into the documents, and the figures next to the results folder.
 
-    Args:
-        documents: by default README.md and docs/*.md. Those without a place for a table are left.
-    Returns:
-        the files that were written.
-    Raises:
-        UserError: no results, no document with a place for a table, no browser for the figures.
+    `documents` are README.md and docs/*.md by default; those without a place for a table are left.
+    Returns the files that were written.
     """
     contents, written = all_tables(folder), []
-    browsers = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
-    browser = next(filter(None, browsers), None)
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
     if browser is None:
         raise UserError("The figures need Chromium or Chrome. Install one of them.")
     os.environ.setdefault("BROWSER_PATH", browser)
@@ -290,16 +242,14 @@ def report(folder: Path = RESULTS, documents: Sequence[Path] | None = None) -> l
 
 def write_figures(folder: Path) -> list[Path]:
     """Draw all figures of the results in `folder` as images beside it."""
-    images, charts = [], {}
+    drawn = {}
     for file in sorted(folder.glob("*.json")):
         results = read_results(file)
         for name, draw in figures_of(results).items():
-            image, figure = folder.parent / f"{file.stem}_{name}.png", draw(results)
-            images.append(image)
-            if hasattr(figure, "save"):
-                figure.save(image)
-            else:
-                charts[image] = figure
+            drawn[folder.parent / f"{file.stem}_{name}.png"] = draw(results)
+    charts = {path: figure for path, figure in drawn.items() if not hasattr(figure, "save")}
+    for path in drawn.keys() - charts.keys():
+        drawn[path].save(path)
     if charts:  # one start of the browser for all
         write_images([*charts.values()], [*charts], scale=1.5, **figures.SIZE)
-    return images
+    return [*drawn]

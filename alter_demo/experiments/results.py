@@ -4,8 +4,6 @@ A file is {"type": a key of `report.RESULT_TYPES`, "runs": [...]}. Each run has 
 seed, metrics and config, the command that makes it, and in results of type "rounds" its round.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Collection
@@ -66,10 +64,7 @@ def as_text(value) -> str:
 
 
 def read_results(path: Path, type: str | None = None) -> dict:
-    """Read a results file; {"type": type, "runs": []} if it does not exist yet.
-
-    Raises UserError for a folder, a damaged file, or results of another type than `type`.
-    """
+    """The content of a results file, which must be complete and of `type`, or an empty one."""
     if path.is_dir():
         raise UserError(f"{path} is a folder. Choose a file for the results.")
     if not path.is_file():
@@ -90,15 +85,10 @@ def read_results(path: Path, type: str | None = None) -> dict:
 
 
 def add_result(path: Path, entry: dict, type: str, stale: Collection[str] | None = None) -> dict:
-    """Add a run, dated today unless it has a date, to a results file, and return the content.
+    """Add a run to a results file, in place of the runs with an id in `stale` (by default its own).
 
     Commands that run side by side may share a file: each waits for the lock, so no run is lost.
-    A file keeps the type that it was started with.
-
-    Args:
-        stale: ids of the runs that this one replaces; by default its own id.
-    Raises:
-        UserError: as `read_results` and `write_json`.
+    A file keeps the type that it was started with. Returns the whole content.
     """
     stale = {entry["id"]} if stale is None else stale
     entry = entry | {"date": entry.get("date", time.strftime("%Y-%m-%d"))}

@@ -5,23 +5,22 @@ reported. A process never returns its peak memory, so on a CPU each method's is 
 process of its own.
 """
 
-from __future__ import annotations
-
 import gc
 import json
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import pandas as pd
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, MistralConfig
 
+from ..alter import losses
 from ..alter.config import AlterConfig
-from ..alter.losses import inverted_hinge_loss, nll
 from ..alter.routing import RoutingPlan
 from ..alter.tuner import routing_state
 from ..errors import UserError
@@ -30,6 +29,7 @@ from ..models.memory import peak_mb, require_memory, reset_peak
 from .results import add_result
 
 BATCH, TOKENS, ANSWER, EXPERTS, RANK = 8, 96, 32, 3, 8
+NEW_TOKENS = 24  # of a generated answer
 WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
 WIDE |= {"num_attention_heads": 32, "num_key_value_heads": 8}
 # models whose weights are on the Hub only; random weights do for time and memory
@@ -45,15 +45,8 @@ def bench(
     """Measure a training step of each method, and generation with and without ALTER.
 
     A step is forward, backward and AdamW on 8 x 96 tokens, 32 of them answers. Both adapters have
-    the same rank and layers. Full training is left out in 4 bits and for SHAPES.
-
-    Args:
-        model: as `load_model` takes it, or one of SHAPES.
-        steps: timed steps per method.
-        memory: measure the peak memory too.
-    Returns:
-        step_seconds, peak_memory_mb, tokens_per_second, ratio, settings and hardware. In `ratio`,
-        `generate_over_base` is the time per token where experts act on every token.
+    the same rank and layers. Full training is left out in 4 bits and for SHAPES. In the `ratio`
+    returned, `generate_over_base` is the time per token where experts act on every token.
     """
     device = loading.choose_device(device)
     options = (device, loading.choose_dtype(dtype, device), load_in_4bit)
@@ -67,14 +60,14 @@ def bench(
     ratio = {f"alter_over_{m}": seconds["alter"] / seconds[m] for m in methods[1:]}
     ratio["generate_over_base"] = speed["base"] / speed["alter"]
     ratio["generate_over_base_elsewhere"] = speed["base"] / speed["alter_idle"]
-    sizes = {"batch": BATCH, "tokens": TOKENS, "answer": ANSWER, "rank": RANK, "steps": steps}
-    loaded = {"dtype": lm.dtype, "load_in_4bit": load_in_4bit}
+    settings = {"model": model, "batch": BATCH, "tokens": TOKENS, "answer": ANSWER, "rank": RANK}
+    settings |= {"steps": steps, "dtype": lm.dtype, "load_in_4bit": load_in_4bit}
     return {
         "step_seconds": {m: round(s, 4) for m, s in seconds.items()},
         "peak_memory_mb": peaks if memory else {},
         "tokens_per_second": {k: round(v, 2) for k, v in speed.items()},
         "ratio": {k: round(v, 3) for k, v in ratio.items()},
-        "settings": {"model": model} | sizes | loaded,
+        "settings": settings,
         "hardware": lm.hardware,
     }
 
@@ -137,25 +130,36 @@ def time_steps(model: str, methods, steps: int, *options) -> tuple[dict, dict]:
             step_of[method]()
         if on_gpu:
             peaks[method] = peak_mb(device) - before // 2**20
-    rows = [{m: time_once(step, device) for m, step in step_of.items()} for _ in range(steps)]
-    return pd.DataFrame(rows).median().to_dict(), peaks
+    return median_seconds(step_of, steps, device), peaks
+
+
+def median_seconds(actions: dict[str, Callable], rounds: int, device: str) -> dict[str, float]:
+    """Median seconds of each action; they take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(rounds):
+        for name, action in actions.items():
+            started = time.perf_counter()
+            action()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(own) for name, own in seconds.items()}
 
 
 def make_step(lm: loading.LM, method: str) -> Callable[[], None]:
     """A function that runs one training step of `method` on random tokens.
 
-    The precision is that of `unlearn`: over bfloat16 weights LoRA runs under autocast, without
-    which its products are in float32.
+    As in `unlearn`, LoRA runs under autocast over bfloat16 weights: its own are in float32.
     """
     torch.manual_seed(0)
+    common = {"r": RANK, "task_type": "CAUSAL_LM"}
     if method == "full":
         model = lm.model.train().requires_grad_(True)
-    else:
-        config = AlterConfig(r=RANK, n_experts=EXPERTS, task_type="CAUSAL_LM")
-        if method == "lora":
-            scale = {"lora_alpha": 2 * RANK, "target_modules": "all-linear"}
-            config = LoraConfig(r=RANK, **scale, task_type="CAUSAL_LM")
+    elif method == "lora":
+        config = LoraConfig(lora_alpha=2 * RANK, target_modules="all-linear", **common)
         model = get_peft_model(lm.model, config).train()
+    else:
+        model = get_peft_model(lm.model, AlterConfig(n_experts=EXPERTS, **common)).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     vocab_size = lm.model.config.get_text_config().vocab_size
     ids = torch.randint(5, vocab_size - 1, (BATCH, TOKENS), device=lm.device)
@@ -170,9 +174,9 @@ def make_step(lm: loading.LM, method: str) -> Callable[[], None]:
             logits = model(input_ids=ids, logits_to_keep=ANSWER + 1, use_cache=False).logits
         logits = logits[:, :-1].reshape(-1, logits.shape[-1])
         half = len(labels) // 2 if method == "alter" else 0
-        loss = nll(logits[half:], labels[half:]).mean()
+        loss = losses.nll(logits[half:], labels[half:]).mean()
         if half:
-            loss = loss + inverted_hinge_loss(logits[:half], labels[:half]).mean()
+            loss = loss + losses.inverted_hinge_loss(logits[:half], labels[:half]).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -189,35 +193,28 @@ def random_plan(device: str) -> RoutingPlan:
     return RoutingPlan(weights, high_entropy, entropy, weights).isolate_gradients(sub_domains)
 
 
-def time_once(action: Callable, device: str) -> float:
-    started = time.perf_counter()
-    action()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 @torch.no_grad()
-def generation_speed(lm: loading.LM, rounds: int, new_tokens: int = 24) -> dict[str, float]:
-    """Tokens per second of greedy generation (batch 1, KV cache).
-
-    "base": the base model; "alter": experts act on every token; "alter_idle": on none.
-    """
+def generation_speed(lm: loading.LM, rounds: int) -> dict[str, float]:
+    """Tokens per second of greedy generation (batch 1, KV cache): of the base model, where experts
+    act on every token, and where they act on none."""
     ids = torch.randint(5, 1000, (1, 48), device=lm.device)
-    lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-    config = GenerationConfig(**lengths, do_sample=False, pad_token_id=0)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+    inputs["generation_config"] = GenerationConfig(**length, do_sample=False, pad_token_id=0)
     model = get_peft_model(lm.model, AlterConfig(n_experts=EXPERTS, task_type="CAUSAL_LM")).eval()
-    router, rows = model.get_base_model().token_router, []
-    bias = router.alter_gate["default"][:, -1]
-    for _ in range(rounds + 1):
-        rows.append({})
-        for kind in ("base", "alter", "alter_idle"):
-            router.state.force = "off" if kind == "base" else None
-            bias[:] = torch.tensor([0.0, 9, 8, 7] if kind == "alter" else [9.0, 0, 0, 0])
-            generate = partial(model.generate, **inputs, generation_config=config)
-            rows[-1][kind] = time_once(generate, lm.device)
-    return (new_tokens / pd.DataFrame(rows[1:]).median()).to_dict()  # the first one warms up
+    router = model.get_base_model().token_router
+
+    def generate(force, bias):
+        router.state.force = force
+        router.alter_gate["default"][:, -1] = torch.tensor(bias)
+        model.generate(**inputs)
+
+    active, idle = [0.0, 9, 8, 7], [9.0, 0, 0, 0]  # biases of the gate
+    routes = {"base": ("off", idle), "alter": (None, active), "alter_idle": (None, idle)}
+    actions = {name: partial(generate, *route) for name, route in routes.items()}
+    median_seconds(actions, 1, lm.device)  # warm up
+    seconds = median_seconds(actions, rounds, lm.device)
+    return {name: NEW_TOKENS / own for name, own in seconds.items()}
 
 
 def peak_memory(*arguments) -> int:
@@ -235,4 +232,4 @@ def print_peak(model: str, method: str, *options) -> None:
     step = make_step(load(model, *options), method)
     for _ in range(3):
         step()
-    print(peak_mb(options[0]))
+    print(json.dumps(peak_mb(options[0])))

@@ -1,6 +1,7 @@
-"""Tables from results files, as data frames; `report` writes them as Markdown."""
+"""Tables from results files, as data frames; `report` writes them as Markdown.
 
-from __future__ import annotations
+The page shows the docstrings of those in `report.RESULT_TYPES` as descriptions.
+"""
 
 import json
 
@@ -13,32 +14,26 @@ from .results import REFERENCES, label, overrides_of, settings_of
 OURS = ("alter", "alter_selective")
 
 # what all runs of a table must share, of their config and of their overrides
-SETUP = ("forget", "model", "retain_items", "limit", "kept", "tokens", "loaded", "weights")
-SETUP += ("attack", "rounds")
+SETUP = ("forget", "model", "retain_items", "limit", "kept", "tokens", "loaded", "weights",
+         "attack", "rounds")  # fmt: skip
 
 LOWER_IS_BETTER = {  # measures of forgetting that fall -> axis title
     "ASG": "ASG, distance to not knowing (lower is better)",
     "forget_knowmem_ROUGE": "forget knowledge, ROUGE-L F1 (lower is better)",
 }
 
-# metric -> column of the tables
+# metric -> column of the tables, in this order
 SHOWN = {
-    "forget_quality": "forget quality p",
-    "model_utility": "model utility",
-    "retain_Q_A_ROUGE": "retain ROUGE-L",
-    "forget_Q_A_Prob": "forget probability",
-    "forget_Q_A_ROUGE": "forget ROUGE-L",
-    "extraction_strength": "extraction strength",
-    "privleak": "privleak",
-    "forget_repetition": "repeated 4-grams",
-    "forget_BLEU": "forget BLEU",
-    "ASG": "ASG",
-    "forget_knowmem_ROUGE": "forget knowledge",
-    "forget_verbmem_ROUGE": "verbatim memorisation",
+    "forget_quality": "forget quality p", "model_utility": "model utility",
+    "retain_Q_A_ROUGE": "retain ROUGE-L", "forget_Q_A_Prob": "forget probability",
+    "forget_Q_A_ROUGE": "forget ROUGE-L", "extraction_strength": "extraction strength",
+    "privleak": "privleak", "forget_repetition": "repeated 4-grams",
+    "forget_BLEU": "forget BLEU", "ASG": "ASG",
+    "forget_knowmem_ROUGE": "forget knowledge", "forget_verbmem_ROUGE": "verbatim memorisation",
     "retain_knowmem_ROUGE": "retain knowledge",
     "neighbours_ROUGE_to_base": "neighbours, ROUGE-L to base model",
     "general_ROUGE_to_base": "general, ROUGE-L to base model",
-}
+}  # fmt: skip
 CHOICE = {
     **{k: SHOWN[k] for k in ("forget_Q_A_ROUGE", "forget_BLEU", "ASG", "general_ROUGE_to_base")},
     "general_repetition": "repeated 4-grams",
@@ -48,21 +43,15 @@ ABLATED += ["extraction_strength", "general_ROUGE_to_base", "forget_repetition"]
 ROUNDS = ["model_utility", "forget_quality", "forget_Q_A_Prob", "forget_Q_A_ROUGE"]
 ROUNDS += ["extraction_strength", "forget_knowmem_ROUGE", "retain_knowmem_ROUGE"]
 ATTACKS = {
-    "before_ROUGE": "base model",
-    "asked_ROUGE": "asked directly",
-    "paraphrased_ROUGE": "paraphrased",
-    "role_play_ROUGE": "role play",
-    "few_shot_ROUGE": "few shots",
-    "neutral_text_ROUGE": "other text first",
-    "prefix_forced_ROUGE": "answer started",
-    "int8_ROUGE": "int8",
-    "int4_ROUGE": "4-bit",
-    "adapter_removed_ROUGE": "adapter removed",
-    "relearn_forget_10_ROUGE": "relearned, 10 steps",
+    "before_ROUGE": "base model", "asked_ROUGE": "asked directly",
+    "paraphrased_ROUGE": "paraphrased", "role_play_ROUGE": "role play",
+    "few_shot_ROUGE": "few shots", "neutral_text_ROUGE": "other text first",
+    "prefix_forced_ROUGE": "answer started", "int8_ROUGE": "int8", "int4_ROUGE": "4-bit",
+    "adapter_removed_ROUGE": "adapter removed", "relearn_forget_10_ROUGE": "relearned, 10 steps",
     "relearn_half_10_ROUGE": "relearned on half",
     "relearn_unrelated_10_ROUGE": "relearned on other text",
     "sampled_leaked": "sampled answers that leak",
-}
+}  # fmt: skip
 
 # forget set -> results file, measures of forgetting and of utility
 SUMMARY = {
@@ -78,23 +67,18 @@ ACCURACIES = {"forget_acc": "accuracy", "kept_acc": "accuracy on other questions
 def shown_runs(results: dict) -> list[dict]:
     """The runs in the table: those with the methods' own settings.
 
-    Runs with other settings are included where they are the subject, where there are no others,
-    and in multiple choice with ASG. (The many settings tried on `school` were chosen by its own
-    questions, so they are left out.)
+    Other settings are included where they are the subject, where there is nothing else, and in
+    multiple choice with ASG. (Those on `school` were chosen by its own questions.)
     """
-    runs = results["runs"]
+    runs, type = results["runs"], results["type"]
     own = [r for r in runs if not settings_of(r)]
-    with_settings = results["type"] in ("tuning", "rounds", "ablation") or (
-        results["type"] == "choice" and any("ASG" in r["metrics"] for r in runs)
-    )
+    has_asg = type == "choice" and any("ASG" in r["metrics"] for r in runs)
+    with_settings = has_asg or type in ("tuning", "rounds", "ablation")
     return runs if with_settings or all(r["method"] in REFERENCES for r in own) else own
 
 
 def runs_frame(runs: list[dict]) -> pd.DataFrame:
-    """One row per run, with all its metrics.
-
-    Raises UserError for no runs, and for different data, models or sizes, which have no median.
-    """
+    """One row per run: its metrics, overrides and cost. UserError if the setups differ."""
     if not runs:
         raise UserError("The results file holds no runs of this type yet.")
     setups = [[(overrides_of(r) | r["config"]).get(k) for k in SETUP] for r in runs]
@@ -102,20 +86,12 @@ def runs_frame(runs: list[dict]) -> pd.DataFrame:
         raise UserError(
             "The results file mixes data, models or sizes. Use one file for each (--results)."
         )
-    return pd.DataFrame(
-        {
-            "method": label(run),
-            "seed": run["seed"],
-            "round": run.get("round"),
-            "variant": overrides_of(run).get("variant"),
-            "share": overrides_of(run).get("share", 1.0),
-            **run["metrics"],
-            "steps": run.get("steps"),
-            "seconds": run.get("seconds", {}).get("unlearn"),
-            "peak MB": run.get("peak_memory_mb"),
-            "diverged": run.get("stopped") == "diverged",
-        }
-        for run in runs
+    rows = [{"share": 1.0} | overrides_of(r) | r["metrics"] | r for r in runs]
+    table = pd.DataFrame(rows).rename(columns={"peak_memory_mb": "peak MB"})
+    return table.assign(
+        method=[label(r) for r in runs],
+        seconds=[r.get("seconds", {}).get("unlearn") for r in runs],
+        diverged=[r.get("stopped") == "diverged" for r in runs],
     )
 
 
@@ -140,7 +116,7 @@ def medians(results: dict) -> pd.DataFrame:
 
 
 def grid(results: dict) -> pd.DataFrame:
-    """`medians` as a reader sees them."""
+    """All methods with their own settings, medians over the seeds."""
     table = medians(results)
     lost = table.pop("diverged").map(lambda n: f" ({n} diverged)" if n else "")
     return named(table).assign(seeds=table["seeds"].astype(str) + lost)
@@ -175,10 +151,7 @@ def shares(results: dict) -> pd.DataFrame | None:
 
 
 def tried(results: dict) -> pd.DataFrame:
-    """Every setting of each method with its score, forget quality times model utility.
-
-    The index is (method, setting as JSON); the values are medians over the seeds.
-    """
+    """All settings that were tried. The one with the highest score is the default."""
     runs = [r for r in results["runs"] if overrides_of(r)]
     names: dict[str, dict] = {}  # method -> what was tried on it; each of its runs states them all
     for run in runs:
@@ -204,13 +177,15 @@ def chosen_settings(results: dict) -> dict[str, dict]:
 
 
 def rounds(results: dict) -> pd.DataFrame:
-    """One row per method and round: utility, and what is left of the whole forget set."""
+    """The forget set grows round by round. Each round measures all of it."""
     table = runs_frame(results["runs"])
     return named(medians_by(["method", "round"], ROUNDS, table).drop(columns="seeds")).sort_index()
 
 
 def accuracies(results: dict) -> pd.DataFrame:
-    """Multiple choice in percent, one row per method: the task to forget first."""
+    """Percent of multiple-choice questions answered correctly. *school*: subjects written for this
+    project in place of WMDP and MMLU. On plain texts alter_selective trains longer than the others.
+    """
     table = runs_frame(shown_runs(results))
     tasks = [c for c in table if c.endswith("_acc") and c != "forget_acc"]
     table[tasks] *= 100
@@ -220,7 +195,7 @@ def accuracies(results: dict) -> pd.DataFrame:
 
 
 def ablated(results: dict) -> pd.DataFrame:
-    """One row per variant of a method."""
+    """ALTER without one of its parts, or with another value."""
     runs = [r for r in results["runs"] if "variant" in overrides_of(r)]
     table = runs_frame(runs)
     if len({r["method"] for r in runs}) > 1:
@@ -230,7 +205,7 @@ def ablated(results: dict) -> pd.DataFrame:
 
 
 def attacked(results: dict) -> pd.DataFrame:
-    """ROUGE-L of what each attack brings back, one row per method, references first."""
+    """ROUGE-L of what each attack brings back. The right answer scores 1."""
     runs = with_shared_seeds(shown_runs(results))
     table = runs_frame(sorted(runs, key=lambda r: r["method"] not in REFERENCES))
     return medians_by(["method"], ATTACKS, table).drop(columns="diverged").rename(columns=ATTACKS)
@@ -248,45 +223,37 @@ def with_shared_seeds(runs: list[dict]) -> list[dict]:
 
 
 def heterogeneity(results: dict) -> pd.DataFrame:
-    """Mean cosine between the A's and the B's of LoRAs of several domains, one row per seed."""
+    """LoRAs of several domains from one start. Their A's are more alike than their B's."""
     names = {"apart": "two domains", "mixed": "a domain and the mixture"}
     columns = {f"{m}_{k}_cosine": f"{m}: {name}" for m in "AB" for k, name in names.items()}
-    rows = [
-        r["metrics"] | {"seed": r["seed"], "seconds": r["seconds"]["learn"]}
-        for r in results["runs"]
-    ]
-    return pd.DataFrame(rows).set_index("seed")[[*columns, "seconds"]].rename(columns=columns)
+    columns |= {"learn": "seconds"}
+    table = pd.DataFrame({"seed": r["seed"]} | r["metrics"] | r["seconds"] for r in results["runs"])
+    return table.set_index("seed")[[*columns]].rename(columns=columns)
 
 
 def costs(results: dict) -> pd.DataFrame:
-    """Seconds per step, peak memory and tokens per second, one row per model and machine."""
+    """The cost of a training step and of a token, compared with LoRA and full fine-tuning."""
     methods = ("alter", "lora", "full")
     speeds = {"base": "base model", "alter": "experts active", "alter_idle": "experts inactive"}
     columns = {f"step_seconds_{m}": f"{m}: step, s" for m in methods}
     columns |= {"ratio_alter_over_lora": "ALTER / LoRA"}
     columns |= {f"peak_memory_mb_{m}": f"{m}: peak MB" for m in methods}
     columns |= {f"tokens_per_second_{k}": f"tokens/s, {name}" for k, name in speeds.items()}
-    rows = []
-    for run in results["runs"]:
-        config, machine = run["config"], run["hardware"].rsplit(" (", 1)[0]
-        dtype = "4-bit" if config["load_in_4bit"] else config["dtype"]
-        rows.append(run["metrics"] | {"model": f"{config['model']}, {dtype}", "machine": machine})
-    table = pd.DataFrame(rows).set_index(["model", "machine"]).reindex(columns=[*columns])
+    table = pd.DataFrame(run["config"] | run["metrics"] for run in results["runs"])
+    table["model"] += ", " + table["dtype"].mask(table["load_in_4bit"], "4-bit")
+    table["machine"] = [run["hardware"].rsplit(" (", 1)[0] for run in results["runs"]]
+    table = table.set_index(["model", "machine"]).reindex(columns=[*columns])
     return table.astype(float).rename(columns=columns)
 
 
 def words(results: dict) -> pd.DataFrame:
-    """(route, word, count) in the forget answers of the last run."""
+    """Which words of the base model's answers go through A, and which through B."""
     return word_table(results["runs"][-1]["words"]["forget"]).set_index("route")
 
 
 def summary(results: dict[str, dict]) -> pd.DataFrame:
-    """The key figures, one row per forget set: forgetting and utility of our methods and of the
-    best baseline, the one with the highest product of the two.
-
-    Args:
-        results: file name without ending -> results.
-    """
+    """The key figures of all `results`, one row per forget set: our methods and the best baseline,
+    the one with the highest product of forgetting and utility."""
     names, rows = SHOWN | ACCURACIES, {}
     for forget_set, (file, forget, utility) in SUMMARY.items():
         runs = [r for r in results[file]["runs"] if not overrides_of(r)]

@@ -4,15 +4,13 @@
 that follows it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
 
 from ..alter import PUBLISHED_THRESHOLD
 from ..alter.entropy import tsallis_entropy
-from ..alter.routing import acting_expert
+from ..alter.routing import RoutingPlan, acting_expert
 from ..data.rendering import render_prompt
 from ..errors import UserError
 
@@ -45,25 +43,11 @@ class TokenTrace:
     in_question: bool = False
 
 
-@dataclass
-class Comparison:
-    """Two models' predictions for the same T tokens: (base model, unlearned model) each."""
-
-    log_probs: tuple[list[float], list[float]]  # (T - 1,) of the tokens that follow
-    top: tuple[list[list[tuple[int, float]]], list[list[tuple[int, float]]]]  # (T, top)
-    change: list[float]  # (T,) total variation
-
-
 @torch.no_grad()
-def trace_tokens(run, text: str, question: str | None = None, top: int = TOP_K) -> list[TokenTrace]:
+def trace_tokens(run, text: str, question: str | None = None) -> list[TokenTrace]:
     """Traces of a plain text, or of `text` as the answer to `question` in the chat's form.
 
-    Args:
-        run: a Run.
-        top: number of likeliest next tokens.
-
-    Raises:
-        UserError: the text is empty or longer than 4096 tokens.
+    Raises UserError if the text is empty or longer than 4096 tokens.
     """
     tokenizer = run.lm.tokenizer
     ids, spans, rendered = tokenize(tokenizer, text, question)
@@ -73,22 +57,20 @@ def trace_tokens(run, text: str, question: str | None = None, top: int = TOP_K) 
         raise UserError(f"A text must have at most {MAX_TOKENS} tokens, got {len(ids)}.")
     batch = torch.tensor([ids], device=run.lm.device)
     before, after, plan = predict(run, batch)
-    config = run.router.config if plan else None
-    q, threshold = (config.q, config.threshold) if config else (DEFAULT_Q, PUBLISHED_THRESHOLD)
+    if plan:
+        entropy, threshold = plan.entropy[0], run.router.config.threshold
+        experts = acting_expert(plan.weights[0], run.router.config).tolist()
+        weights = plan.weights[0].tolist()
+    else:
+        entropy, threshold = tsallis_entropy(before, DEFAULT_Q), PUBLISHED_THRESHOLD
+        experts, weights = [0] * len(ids), [[]] * len(ids)
     entropies = torch.stack([tsallis_entropy(before, order) for order in QS], -1)  # (T, |QS|)
-    entropy = plan.entropy[0] if plan else tsallis_entropy(before, q)
-    experts = acting_expert(plan.weights[0], config).tolist() if plan else [0] * len(ids)
-    comparison = compare_logits(before, after, batch[0], top)
+    log_probs, top, change = compare_logits(before, after, batch[0], tokenizer)
     special_ids, user_spans = set(tokenizer.all_special_ids), text_spans(rendered, text, question)
-
-    def decoded(pairs: list[tuple[int, float]]) -> list[tuple[str, float]]:
-        return [(tokenizer.decode([i]), p) for i, p in pairs]
-
     traces = []
     for t, token_id in enumerate(ids):
         (start, end), token = spans[t], tokenizer.decode([token_id])
         in_text = any(a <= start and end <= b for a, b in user_spans)
-        log_prob, log_prob_after = (p[t - 1] if t else None for p in comparison.log_probs)
         traces.append(
             TokenTrace(
                 token=rendered[start:end] if "\ufffd" in token else token,
@@ -100,27 +82,26 @@ def trace_tokens(run, text: str, question: str | None = None, top: int = TOP_K) 
                 entropies=[round(x, 4) for x in entropies[t].tolist()],
                 route="A" if entropy[t] > threshold else "B",
                 expert=experts[t],
-                weights=[round(w, 4) for w in plan.weights[0, t].tolist()] if plan else [],
-                log_prob=log_prob,
-                log_prob_after=log_prob_after,
-                top=decoded(comparison.top[0][t]),
-                top_after=decoded(comparison.top[1][t]),
-                change=comparison.change[t],
+                weights=[round(w, 4) for w in weights[t]],
+                log_prob=log_probs[0][t],
+                log_prob_after=log_probs[1][t],
+                top=top[0][t],
+                top_after=top[1][t],
+                change=change[t],
                 in_question=question is not None and end <= user_spans[0][1],
             )
         )
     return traces
 
 
-def predict(run, batch: torch.Tensor):
-    """Logits (T, V) before and after unlearning of a text (1, T), and its plan.
+def predict(run, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, RoutingPlan | None]:
+    """Logits (T, V) before and after unlearning of a text (1, T), and its plan if it is routed.
 
-    The plan follows from the base model's pass, so the router need not run that pass again. It is
-    None if the method has no router.
+    The plan follows from the base model's pass, so the router need not run that pass again.
     """
+    plan = None
     with run.base_model() as model:
         out = model(input_ids=batch, use_cache=False, output_hidden_states=run.has_router)
-    plan = None
     if run.has_router:
         config = run.router.config
         entropy = tsallis_entropy(out.logits, config.q)
@@ -131,22 +112,17 @@ def predict(run, batch: torch.Tensor):
     return out.logits[0], after, plan
 
 
-def tokenize(
-    tokenizer, text: str, question: str | None
-) -> tuple[list[int], list[tuple[int, int]], str]:
-    """Token ids, their character spans, and the text that the spans refer to."""
+def tokenize(tokenizer, text: str, question: str | None) -> tuple[list[int], list, str]:
+    """Token ids, their character spans (start, end), and the text that the spans refer to."""
     if question is None:
         encoded = tokenizer(text, return_offsets_mapping=True)
         return encoded.input_ids, encoded.offset_mapping, text
     prompt = tokenizer.decode(render_prompt(tokenizer, question))
     text = text if tokenizer.chat_template else f" {text}"
-    encoded_prompt, encoded_text = (
-        tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
-        for part in (prompt, text)
-    )
-    shifted = [(a + len(prompt), b + len(prompt)) for a, b in encoded_text.offset_mapping]
-    ids = encoded_prompt.input_ids + encoded_text.input_ids
-    return ids, encoded_prompt.offset_mapping + shifted, prompt + text
+    options = {"add_special_tokens": False, "return_offsets_mapping": True}
+    head, tail = tokenizer(prompt, **options), tokenizer(text, **options)
+    shifted = [(a + len(prompt), b + len(prompt)) for a, b in tail.offset_mapping]
+    return head.input_ids + tail.input_ids, head.offset_mapping + shifted, prompt + text
 
 
 def text_spans(rendered: str, text: str, question: str | None) -> list[tuple[int, int]]:
@@ -158,21 +134,19 @@ def text_spans(rendered: str, text: str, question: str | None) -> list[tuple[int
     return [(start, start + len(question)), (answer, len(rendered))]
 
 
-def compare_logits(
-    before: torch.Tensor, after: torch.Tensor, ids: torch.Tensor, top: int
-) -> Comparison:
-    """Compare two models' logits (T, V) for the token ids (T,), slice by slice."""
-    comparison = Comparison(([], []), ([], []), [])
+def compare_logits(before: torch.Tensor, after: torch.Tensor, ids: torch.Tensor, tokenizer):
+    """`log_prob` and `top` of T traces, for each model, and `change`, from logits (T, V)."""
+    log_probs, top, change = ([None], [None]), ([], []), []
     for first in range(0, len(ids), ROWS):
         rows = slice(first, first + ROWS)
         log_p = [logits[rows].float().log_softmax(-1) for logits in (before, after)]
         following = ids[first + 1 : first + ROWS + 1]
         for side, values in enumerate(log_p):
             own = values[: len(following)].gather(-1, following[:, None])[:, 0]
-            comparison.log_probs[side].extend(own.tolist())
-            best = values.exp().topk(top, -1)
-            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            comparison.top[side].extend(list(zip(i, p, strict=True)) for i, p in pairs)
-        distance = (log_p[0].exp() - log_p[1].exp()).abs().sum(-1) / 2
-        comparison.change += distance.tolist()
-    return comparison
+            log_probs[side].extend(own.tolist())
+            best = values.exp().topk(TOP_K, -1)
+            for p, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                tokens = [tokenizer.decode([i]) for i in index]
+                top[side].append(list(zip(tokens, p, strict=True)))
+        change += ((log_p[0].exp() - log_p[1].exp()).abs().sum(-1) / 2).tolist()
+    return log_probs, top, change

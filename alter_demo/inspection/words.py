@@ -1,10 +1,7 @@
 """From token traces to whole words, and how often each word takes each route."""
 
-from __future__ import annotations
-
 import re
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter, defaultdict
 from itertools import pairwise
 
 from ..alter import MAX_EXPERTS
@@ -15,14 +12,11 @@ NO_EXPERT = "none"
 
 
 def words(traces: list[TokenTrace]) -> list[tuple[str, TokenTrace, list[TokenTrace]]]:
-    """The words of a text, or of the answer to a question.
+    """(word, the trace before it, its own traces) for each word of a text, or of an answer.
 
     The trace before a word holds the prediction that the word came from, with its S_q and expert;
     the loss counts tokens in the same way. Special tokens and punctuation are left out, and so is
     a word that starts the text, because nothing predicts it.
-
-    Returns:
-        (word, the trace before it, its own traces) for each word.
     """
     groups: list[list[TokenTrace]] = []
     for trace in traces:
@@ -59,16 +53,12 @@ def expert_name(trace: TokenTrace) -> str:
     return EXPERT_NAMES[trace.expert] if acts else NO_EXPERT
 
 
-def word_counts(
-    routed_words: Iterable[tuple[str, float, str]], threshold: float
-) -> dict[str, dict[str, int]]:
-    """How often each word takes each route: {"A": {word: count}, "B_f1": {...}, ...}.
+def word_counts(routed_words, threshold: float) -> dict[str, dict[str, int]]:
+    """How often each (word, S_q, `expert_name`) takes each route: {"A": {word: count}, ...}.
 
-    Args:
-        routed_words: (word, S_q, `expert_name`) of each word.
-        threshold: S_q above which a word goes to A, if an expert acts on it.
+    A word with S_q above the threshold goes to A if an expert acts on it.
     """
-    counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    counts: dict[str, Counter] = defaultdict(Counter)
     for word, entropy, expert in routed_words:
         counts["A" if entropy > threshold and expert != NO_EXPERT else expert][word] += 1
-    return {route: dict(words_of_route) for route, words_of_route in counts.items()}
+    return {route: dict(of_route) for route, of_route in counts.items()}

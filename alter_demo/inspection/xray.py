@@ -3,8 +3,6 @@
 All text reaches the browser as one JSON value and never as HTML, so hostile text stays text.
 """
 
-from __future__ import annotations
-
 import html
 import json
 from importlib.resources import files
@@ -18,13 +16,8 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 
 
 def xray_data(traces: list[TokenTrace], config=None) -> dict:
-    """The JSON value that `drawXray` takes.
-
-    Args:
-        config: the run's AlterConfig, None for a method without a router.
-    """
-    q = config.q if config else DEFAULT_Q
-    threshold = config.threshold if config else PUBLISHED_THRESHOLD
+    """The JSON value that `drawXray` takes; `config`: the AlterConfig, None without a router."""
+    q, threshold = (config.q, config.threshold) if config else (DEFAULT_Q, PUBLISHED_THRESHOLD)
     n_experts = len(traces[0].weights) if traces else 0
     qs = sorted({*QS, q})
     extra = None if q in QS else qs.index(q)  # place of the run's own q on the slider
@@ -59,26 +52,17 @@ def token_data(trace: TokenTrace, extra: int | None) -> dict:
 
 def xray_html(data: dict, title: str = "Token X-ray") -> str:
     """A complete HTML page with the X-ray, which needs no other file and sends no request."""
-    value = json.dumps(data, ensure_ascii=False)
-    # without "<" nothing in the JSON can end the script element
-    for character, escape in (
-        ("<", "\\u003c"),
-        ("\u2028", "\\u2028"),
-        ("\u2029", "\\u2029"),
-    ):
-        value = value.replace(character, escape)
-    heading = html.escape(title, quote=False)
+    value, heading = json.dumps(data, ensure_ascii=False), html.escape(title, quote=False)
+    for character in "<\u2028\u2029":  # without "<" the JSON cannot end the script element
+        value = value.replace(character, f"\\u{ord(character):04x}")
+    css, script = ((STATIC / name).read_text(encoding="utf-8") for name in ("xray.css", "xray.js"))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <title>{heading}</title>
 <style>body {{ font-family: system-ui, sans-serif; margin: 1rem; color-scheme: light dark; }}
-{read_static("xray.css")}</style></head>
+{css}</style></head>
 <body><h1>{heading}</h1><div id="xray"></div>
-<script>{read_static("xray.js")}
+<script>{script}
 drawXray(document.getElementById("xray"), {value});</script></body></html>
 """
-
-
-def read_static(name: str) -> str:
-    return (STATIC / name).read_text(encoding="utf-8")

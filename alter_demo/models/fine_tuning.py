@@ -1,7 +1,5 @@
 """Fine-tuning on answers with transformers' Trainer: the one training loop of this package."""
 
-from __future__ import annotations
-
 import random
 import tempfile
 from dataclasses import dataclass
@@ -35,14 +33,12 @@ class AnswerTrainer(Trainer):
 
     def compute_loss(self, model, batch, return_outputs=False, num_items_in_batch=None):
         out = model(**model_inputs(batch), logits_to_keep=batch["keep"], use_cache=False)
-        logits = out.logits[:, :-1]
-        on = batch["answer"]
+        logits, on = out.logits[:, :-1], batch["answer"]
         losses = cross_entropy(logits[on].float(), batch["labels"][on], reduction="none")
         return (losses.mean(), {"logits": logits}) if return_outputs else losses.mean()
 
     def _get_train_sampler(self, *args, **kwargs):
-        # the dataset is shuffled already
-        return torch.utils.data.SequentialSampler(self.train_dataset)
+        return torch.utils.data.SequentialSampler(self.train_dataset)  # shuffled already
 
 
 def fine_tune(model, lm: LM, samples: list[Sample], config: FineTuneConfig, callbacks=()) -> None:
@@ -61,23 +57,14 @@ def fine_tune(model, lm: LM, samples: list[Sample], config: FineTuneConfig, call
 
 
 def training_arguments(folder: Path | str, config, device: str, **options) -> TrainingArguments:
-    """TrainingArguments with everything off that would write or report by itself.
-
-    `config` has batch_size, max_steps, seed and maybe gradient_checkpointing.
-    """
-    options |= {"report_to": "none", "disable_tqdm": True}
-    options |= {"logging_strategy": "no", "save_strategy": "no"}
-    options |= {"lr_scheduler_type": "constant", "max_grad_norm": 1.0}
+    """TrainingArguments of a config, with everything off that would write or report by itself."""
+    options |= {"per_device_train_batch_size": config.batch_size, "max_steps": config.max_steps}
+    options |= {"lr_scheduler_type": "constant", "max_grad_norm": 1.0, "seed": config.seed}
+    options |= {"report_to": "none", "logging_strategy": "no", "save_strategy": "no"}
     options |= {"remove_unused_columns": False, "dataloader_pin_memory": False}
-    args = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=config.batch_size,
-        max_steps=config.max_steps,
-        seed=config.seed,
-        use_cpu=not device.startswith("cuda"),
-        gradient_checkpointing=getattr(config, "gradient_checkpointing", False),
-        **options,
-    )
+    options["gradient_checkpointing"] = getattr(config, "gradient_checkpointing", False)
+    on_cpu = not device.startswith("cuda")
+    args = TrainingArguments(str(folder), use_cpu=on_cpu, disable_tqdm=True, **options)
     if args.n_gpu > 1:  # Trainer would split each batch, which the losses and the router need whole
         args._n_gpu = 1
     return args

@@ -1,8 +1,6 @@
 """Generating answers: greedy, sampled, or token by token for several models at once."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from transformers import DynamicCache, GenerationConfig
@@ -15,20 +13,13 @@ BATCH_TOKENS = 8192  # of a batch, new tokens included
 
 
 def greedy(
-    lm: LM,
-    prompts: list[str],
-    max_new_tokens: int = 64,
-    model=None,
-    progress: Callable[[int, int], None] | None = None,
-    answer_prefixes: list[str] | None = None,
+    lm: LM, prompts: list[str], max_new_tokens=64, model=None, progress=None, answer_prefixes=None
 ) -> list[str]:
     """Greedy answers, in the order of `prompts`; after an answer prefix, only what follows it."""
-    prefixes = answer_prefixes or [""] * len(prompts)
-    inputs = [
-        render_prompt(lm.tokenizer, prompt)
-        + (lm.tokenizer(prefix, add_special_tokens=False).input_ids if prefix else [])
-        for prompt, prefix in zip(prompts, prefixes, strict=True)
-    ]
+    inputs = [render_prompt(lm.tokenizer, prompt) for prompt in prompts]
+    if answer_prefixes:
+        prefixes = lm.tokenizer(answer_prefixes, add_special_tokens=False).input_ids
+        inputs = [prompt + prefix for prompt, prefix in zip(inputs, prefixes, strict=True)]
     options = {"max_new_tokens": max_new_tokens, "do_sample": False}
     return [answer for (answer,) in generated(lm, inputs, model, progress, **options)]
 
@@ -46,18 +37,9 @@ def sampled(
 
 @torch.no_grad()
 def generated(
-    lm: LM,
-    inputs: list[list[int]],
-    model=None,
-    progress: Callable[[int, int], None] | None = None,
-    **options,
+    lm: LM, inputs: list[list[int]], model=None, progress=None, **options
 ) -> list[list[str]]:
-    """The texts that follow each row of token ids: `num_return_sequences`, 1 by default.
-
-    Args:
-        progress: called with the number of answers done and of all answers.
-        options: values of GenerationConfig, with `max_new_tokens`.
-    """
+    """The texts that follow each row of token ids. `progress` is called with (done, total)."""
     model, copies = model or lm.model, options.get("num_return_sequences", 1)
     config = generation_config(lm, **options)
     windowed = getattr(lm.model.config.get_text_config(), "sliding_window", None)
@@ -79,63 +61,42 @@ def generated(
 
 
 def generation_config(lm: LM, **options) -> GenerationConfig:
-    """A GenerationConfig with `options` and nothing from the model's own.
-
-    transformers fills open values from the model's, which may ask for beams or penalize
-    repetition. Then no answer would be greedy, nor equal to that of `stream`.
-    """
+    """A GenerationConfig of `options` and nothing else."""
+    # transformers fills open values from the model's own, which may ask for beams or penalties:
+    # then no answer would be greedy, nor equal to that of `stream`
     neutral = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     special = {"pad_token_id": lm.tokenizer.pad_token_id, "eos_token_id": eos_ids(lm)}
-    return GenerationConfig(**neutral, **special, **options)
+    return GenerationConfig(**neutral | special | options)
 
 
 @torch.no_grad()
 def stream(
-    lms: list[LM],
-    contexts: list[Callable],
-    question: str,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
+    lms: list[LM], contexts: list, question: str, max_new_tokens=64, temperature=0.0, seed=0
 ) -> Iterator[list[str]]:
-    """The answers of several models to one question, as far as they are, token by token.
+    """The answers so far of several models to one question, after each token.
 
-    At a temperature above 0 all models draw with the same Gumbel noise, so they give the same
-    answer as long as their distributions agree.
-
-    Args:
-        contexts: for each model a function that returns a context manager with the model to use.
+    Each of `contexts` returns a context manager with the model to use. At a temperature above 0,
+    all models draw with the same Gumbel noise, so equal distributions give equal answers.
     """
-    streams = [
-        stream_one(lm, context, question, temperature, seed)
-        for lm, context in zip(lms, contexts, strict=True)
-    ]
-    answers = [""] * len(lms)
-    for new in itertools.islice(itertools.zip_longest(*streams), max_new_tokens):
-        answers = [old if text is None else text for old, text in zip(answers, new, strict=True)]
-        yield answers
-
-
-def stream_one(
-    lm: LM, context: Callable, question: str, temperature: float, seed: int
-) -> Iterator[str]:
-    """The answer of one model to a question after each token, the end of the answer included."""
-    prompt, ids, ends, cache = (
-        render_prompt(lm.tokenizer, question),
-        [],
-        eos_ids(lm),
-        DynamicCache(),
-    )
-    for step in itertools.count(seed * 10_007):
-        new = torch.tensor([ids[-1:] or prompt], device=lm.device)
-        mask = torch.ones(1, len(prompt) + len(ids), dtype=torch.long, device=lm.device)
-        options = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
-        with context() as model:
-            out = model(input_ids=new, **options)
-        token = next_token(out.logits[0, -1].float().cpu(), temperature, step)
-        ids += [] if token in ends else [token]
-        yield lm.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        if token in ends:
+    prompts = [render_prompt(lm.tokenizer, question) for lm in lms]
+    answers, caches = [[] for _ in lms], [DynamicCache() for _ in lms]
+    texts, active = [""] * len(lms), [True] * len(lms)
+    for step in range(max_new_tokens):
+        for k, (lm, context) in enumerate(zip(lms, contexts, strict=True)):
+            if not active[k]:
+                continue
+            new = torch.tensor([answers[k][-1:] or prompts[k]], device=lm.device)
+            length = len(prompts[k]) + len(answers[k])
+            mask = torch.ones(1, length, dtype=torch.long, device=lm.device)
+            options = {"attention_mask": mask, "past_key_values": caches[k], "use_cache": True}
+            with context() as model:
+                out = model(input_ids=new, **options)
+            token = next_token(out.logits[0, -1].float().cpu(), temperature, seed * 10_007 + step)
+            active[k] = token not in eos_ids(lm)
+            answers[k] += [token] if active[k] else []
+            texts[k] = lm.tokenizer.decode(answers[k], skip_special_tokens=True).strip()
+        yield list(texts)
+        if not any(active):
             return
 
 

@@ -1,18 +1,15 @@
 """What the base model knows: its own answers, and the forget set that fits it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
-from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
-from ..data.built_in import shipped_answers
+from ..data.built_in import SETS
 from ..data.forget_sets import load_forget_set
 from ..data.rendering import render
-from ..data.schema import Example, ForgetSet, paraphrased
+from ..data.schema import Example, ForgetSet
 from ..errors import UserError
 from ..files import cache_dir, write_json
 from .generation import greedy
@@ -21,50 +18,37 @@ from .loading import LM
 BASE_ANSWER_TOKENS = 64  # length of a recorded answer
 RETAIN_TOKENS = 40  # of a recorded answer that are trained on
 MIN_FACTS = 4
-SMALL_FILE = 2**25  # bytes
 
 
-def fit_to_model(
-    forget_set: ForgetSet,
-    lm: LM,
-    general: int = 160,
-    progress: Callable[[int, int], None] | None = None,
-) -> ForgetSet:
-    """The forget set for one model.
+def fit_to_model(forget_set: ForgetSet, lm: LM, general: int = 160, progress=None) -> ForgetSet:
+    """The forget set for one model, with at most `general` everyday prompts to train on.
 
     The answers to the everyday prompts are the model's own. In a set from pretraining, only the
     facts that the model knows remain, and the retain answers are the model's own too.
-
-    Args:
-        general: use at most this many everyday prompts; fewer save time on a large model.
-        progress: called with the number of answers done and of all answers.
-
-    Raises:
-        UserError: no example can be trained on, or the model knows fewer than four facts.
     """
     forget_set = replace(forget_set, general=forget_set.general[:general])
-    forget_set = drop_short_texts(forget_set, lm.tokenizer)
+    groups = {name: group for name, group in vars(forget_set).items() if isinstance(group, list)}
+    for name, group in groups.items():  # a text of a single token leaves nothing to predict
+        groups[name] = [e for e in group if e.question or render(lm.tokenizer, e)]
+    forget_set = replace(forget_set, **groups)
     if not forget_set.training_examples:
         raise UserError(
             f"Forget set {forget_set.name} has nothing to forget: no text has two tokens or more."
         )
-    parts = [forget_set.general, forget_set.general_held_out]
+    parts = ["general", "general_held_out"]
     if forget_set.from_pretraining:
-        parts += [forget_set.forget, forget_set.forget_held_out, forget_set.retain]
-    answers = base_answers(lm, [e.question for part in parts for e in part], progress)
-
-    def with_base_answers(examples: list[Example]) -> list[Example]:
-        return [replace(e, answer=answers[e.question]) for e in examples if answers[e.question]]
-
-    forget_set = replace(
-        forget_set,
-        general=with_base_answers(forget_set.general),
-        general_held_out=with_base_answers(forget_set.general_held_out),
-    )
+        parts += ["forget", "forget_held_out", "retain"]
+    questions = [e.question for part in parts for e in getattr(forget_set, part)]
+    answers = base_answers(lm, questions, progress)
+    for part in set(parts) - {"forget", "forget_held_out"}:
+        examples = [replace(e, answer=answers[e.question]) for e in getattr(forget_set, part)]
+        forget_set = replace(forget_set, **{part: [e for e in examples if e.answer]})
     if not forget_set.from_pretraining:
         return forget_set
-    forget = [e for e in forget_set.forget if is_correct(answers[e.question], e)]
-    held_out = [e for e in forget_set.forget_held_out if is_correct(answers[e.question], e)]
+    forget, held_out = (
+        [e for e in part if is_correct(answers[e.question], e)]
+        for part in (forget_set.forget, forget_set.forget_held_out)
+    )
     if len(forget) < MIN_FACTS:
         raise UserError(
             f"{lm.name} must know at least {MIN_FACTS} facts of {forget_set.name}, got "
@@ -72,31 +56,11 @@ def fit_to_model(
         )
     # each fact twice: in the model's own sentence, and as the short answer
     training = [trim_to_fact(e, answers[e.question]) for e in forget] + forget
-    return replace(
-        forget_set,
-        forget=forget,
-        forget_held_out=held_out,
-        training=training,
-        retain=with_base_answers(forget_set.retain),
-    )
-
-
-def drop_short_texts(forget_set: ForgetSet, tokenizer) -> ForgetSet:
-    """A copy without texts of a single token, in which there is nothing to predict."""
-    parts = {field.name: getattr(forget_set, field.name) for field in fields(ForgetSet)}
-    kept = {
-        name: [e for e in part if e.question or render(tokenizer, e)]
-        for name, part in parts.items()
-        if isinstance(part, list)
-    }
-    return replace(forget_set, **kept)
+    return replace(forget_set, forget=forget, forget_held_out=held_out, training=training)
 
 
 def trim_to_fact(example: Example, answer: str) -> Example:
-    """The example with the model's own answer, from the keyword to the end of its sentence.
-
-    The part before the keyword becomes the answer prefix.
-    """
+    """The example with the model's own answer, from the keyword to the end of its sentence."""
     start = min(match.start() for match in keyword_matches(answer, example))
     start -= answer[:start].endswith(" ")
     sentence = re.split(r"(?<=[a-z)\"][.!?])\s", answer[start:], maxsplit=1)[0]
@@ -104,10 +68,7 @@ def trim_to_fact(example: Example, answer: str) -> Example:
 
 
 def is_correct(answer: str, example: Example) -> bool:
-    """Whether a word of the answer starts with a keyword of the example.
-
-    An example without keywords counts its answer as the keyword.
-    """
+    """Whether a word of the answer starts with a keyword of the example (its answer if none)."""
     return bool(keyword_matches(answer, example))
 
 
@@ -117,17 +78,11 @@ def keyword_matches(answer: str, example: Example) -> list[re.Match]:
     return [match for match in matches if match]
 
 
-def base_answers(
-    lm: LM, prompts: list[str], progress: Callable[[int, int], None] | None = None
-) -> dict[str, str]:
-    """The base model's greedy answers, {prompt: answer}.
-
-    They are read from the shipped record or the cache. Missing answers are generated and cached.
-    """
-    path = base_answers_path(lm)
-    answers = shipped_answers(model_key(lm))
-    if path.is_file():
-        answers |= json.loads(path.read_text(encoding="utf-8"))
+def base_answers(lm: LM, prompts: list[str], progress=None) -> dict[str, str]:
+    """The base model's greedy answers {prompt: answer}, from the shipped record or the cache."""
+    path, shipped, answers = base_answers_path(lm), SETS / f"answers-{model_key(lm)}.json", {}
+    for file in filter(Path.is_file, (shipped, path)):
+        answers |= json.loads(file.read_text(encoding="utf-8"))
     missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in answers]
     if missing:
         new = greedy(lm, missing, BASE_ANSWER_TOKENS, progress=progress)
@@ -136,18 +91,11 @@ def base_answers(
     return {prompt: answers[prompt] for prompt in prompts}
 
 
-def record(
-    lm: LM, path: Path | None = None, progress: Callable[[int, int], None] | None = None
-) -> Path:
-    """Generate the base answers to all prompts of `harry-potter` and write them to a file.
-
-    Args:
-        path: the file, `base_answers_path(lm)` by default.
-    """
+def record(lm: LM, path: Path | None = None, progress=None) -> Path:
+    """Write the base answers to all prompts of `harry-potter` to `path` or to the cache."""
     forget_set = load_forget_set("harry-potter")
-    parts = [forget_set.forget, paraphrased(forget_set.forget), forget_set.general]
-    parts += [forget_set.retain, forget_set.neighbours, forget_set.general_held_out]
-    prompts = [e.question for part in parts for e in part]
+    parts = ("forget", "forget_held_out", "general", "retain", "neighbours", "general_held_out")
+    prompts = [e.question for part in parts for e in getattr(forget_set, part)]
     path = path or base_answers_path(lm)
     answers = greedy(lm, prompts, BASE_ANSWER_TOKENS, progress=progress)
     write_json(path, dict(zip(prompts, answers, strict=True)))
@@ -156,10 +104,9 @@ def record(
 
 def base_answers_path(lm: LM) -> Path:
     """The cache file of a model's base answers. A folder with new weights has a new file."""
-    parts = [model_key(lm), lm.dtype, *(["4bit"] if lm.load_in_4bit else [])]
-    if weights := stamp(*(folder for folder in (lm.name, lm.adapter) if folder)):
-        parts.append(weights)
-    return cache_dir() / "answers" / f"{'-'.join(parts)}.json"
+    weights = stamp(*filter(None, (lm.name, lm.adapter)))
+    parts = (model_key(lm), lm.dtype, "4bit" if lm.load_in_4bit else "", weights)
+    return cache_dir() / "answers" / f"{'-'.join(filter(None, parts))}.json"
 
 
 def model_key(lm: LM) -> str:
@@ -174,14 +121,11 @@ def stamp(*folders: str | Path) -> str:
     Small files (adapters) count by content, because each clone writes them anew. Large files
     count by size and time.
     """
-    files = [file for folder in folders for file in sorted(Path(folder).glob("*.safetensors"))]
-    if not files:
-        return ""
     marks = []
-    for file in files:
+    for file in (f for folder in folders for f in sorted(Path(folder).glob("*.safetensors"))):
         stat = file.stat()
-        if stat.st_size < SMALL_FILE:
+        if stat.st_size < 2**25:
             marks.append(hashlib.sha256(file.read_bytes()).hexdigest())
         else:
             marks.append((file.name, stat.st_size, stat.st_mtime_ns))
-    return hashlib.sha256(repr(marks).encode()).hexdigest()[:8]
+    return hashlib.sha256(repr(marks).encode()).hexdigest()[:8] if marks else ""

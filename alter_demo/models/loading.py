@@ -1,11 +1,7 @@
-"""Loading a model: a built-in name, a local folder, or a Hub id.
-
-Remote code is never executed and pickled weights are never loaded.
-"""
-
-from __future__ import annotations
+"""Loading a model. Remote code is never executed, and pickled weights are never loaded."""
 
 import functools
+import importlib.util
 import os
 import re
 import threading
@@ -16,11 +12,11 @@ from pathlib import Path
 
 from ..errors import Interrupted, UserError
 from .built_in import MODELS, built_in
-from .memory import cpu_name, free_memory, require_memory
 
 INTERRUPT = threading.Event()  # when set, every model of this process stops computing
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w-]*(\.[\w-]+)*/[A-Za-z0-9][\w-]*(\.[\w-]+)*$")
 DTYPES = ("bfloat16", "float16", "float32")
+PICKLED = "{} has no .safetensors weights, and pickled weights are not loaded."
 
 
 @dataclass
@@ -38,22 +34,13 @@ class LM:
     @property
     def hardware(self) -> str:
         """The processor or GPU and the dtype, for reports."""
-        import platform
+        from .memory import hardware
 
-        import torch
-
-        if self.device.startswith("cuda"):
-            return f"{torch.cuda.get_device_name()} ({self.dtype})"
-        cpu = cpu_name() or platform.processor()
-        return f"{cpu}, {torch.get_num_threads()} threads ({self.dtype})"
+        return f"{hardware(self.device)} ({self.dtype})"
 
 
 def load_model(
-    name: str = "smollm2-135m",
-    device: str = "auto",
-    dtype: str = "auto",
-    adapter: str | Path | None = None,
-    load_in_4bit: bool = False,
+    name: str = "smollm2-135m", device="auto", dtype="auto", adapter=None, load_in_4bit=False
 ) -> LM:
     """Load a model and its tokenizer.
 
@@ -65,11 +52,12 @@ def load_model(
         load_in_4bit: load NF4 weights; needs bitsandbytes.
 
     Raises:
-        UserError: the name is unknown, the download fails, the weights are pickled or damaged,
-            the device is missing, or memory or disk space is short.
+        UserError: the model cannot be found, downloaded or read, or does not fit on the device.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    from .memory import free_memory, require_memory
 
     free_memory()
     device = choose_device(device)
@@ -82,45 +70,42 @@ def load_model(
         if name not in MODELS:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             require_memory(config, name, device, dtype, load_in_4bit)
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=False, padding_side="left"
-        )
+        side = {"padding_side": "left"}
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **side)
         model = AutoModelForCausalLM.from_pretrained(path, **options)
         if adapter is not None:
-            model = merge(model, Path(adapter))
+            from peft import PeftModel
+
+            check_adapter(Path(adapter))
+            with model_errors(str(adapter)):
+                model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         if not load_in_4bit:
             model = model.to(device)
         allow_4bit_gradients(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # the model's sampling options are not used, and save_pretrained refuses contradictory ones
-    special = ("bos_token_id", "eos_token_id", "pad_token_id")
-    model.generation_config = GenerationConfig(
-        **{key: getattr(model.generation_config, key) for key in special}
-    )
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    special = {key: getattr(model.generation_config, key) for key in keys}
+    model.generation_config = GenerationConfig(**special)
     register_hooks(model)
     adapter = str(adapter) if adapter else None
     return LM(model.eval(), tokenizer, name, device, dtype, adapter, load_in_4bit)
 
 
 def choose_device(device: str = "auto") -> str:
-    """The device to use; "auto" prefers CUDA.
-
-    Raises:
-        UserError: the device is unknown or missing.
-    """
+    """The device to use; "auto" prefers CUDA."""
     import torch
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if re.fullmatch(r"cuda:[1-9]\d*", device):  # Trainer uses the first GPU that it sees
-        number = device.removeprefix("cuda:")
-        raise UserError(
-            f"`device` must be auto, cpu or cuda, got {device!r}. To use another GPU, set "
-            f"CUDA_VISIBLE_DEVICES={number} and device cuda."
-        )
     if device not in ("cpu", "cuda", "cuda:0"):
-        raise UserError(f"`device` must be auto, cpu or cuda, got {device!r}.")
+        message = f"`device` must be auto, cpu or cuda, got {device!r}."
+        if re.fullmatch(r"cuda:[1-9]\d*", device):  # Trainer uses the first GPU that it sees
+            message += (
+                f" To use another GPU, set CUDA_VISIBLE_DEVICES={device[5:]} and device cuda."
+            )
+        raise UserError(message)
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(
             f"PyTorch finds no GPU for device {device!r}. Use cpu, or install PyTorch with CUDA."
@@ -131,8 +116,7 @@ def choose_device(device: str = "auto") -> str:
 def choose_dtype(dtype: str, device: str) -> str:
     """The dtype to use; "auto" takes bfloat16 on a GPU and on CPUs where it is faster."""
     if dtype == "auto":
-        fast = device.startswith("cuda") or bfloat16_is_faster()
-        return "bfloat16" if fast else "float32"
+        return "bfloat16" if device.startswith("cuda") or bfloat16_is_faster() else "float32"
     if dtype not in DTYPES:
         raise UserError(f"`dtype` must be one of auto, {', '.join(DTYPES)}, got {dtype!r}.")
     return dtype
@@ -142,8 +126,7 @@ def choose_dtype(dtype: str, device: str) -> str:
 def bfloat16_is_faster() -> bool:
     """Whether this CPU multiplies faster in bfloat16 than in float32, measured in 0.05 s.
 
-    The CPU's flags do not tell: on an Intel Xeon, a training step in bfloat16 takes 1.8 times as
-    long as in float32 without AMX, and 0.4 times as long with it.
+    Its flags do not tell: on a Xeon, a training step takes 1.8 times as long, with AMX 0.4 times.
     """
     import torch
 
@@ -155,21 +138,16 @@ def bfloat16_is_faster() -> bool:
 
 
 def resolve(name: str) -> str:
-    """The folder or Hub id to pass to transformers. Creates a built-in model on first use.
-
-    Raises:
-        UserError: there is no such model, or the folder is not a safetensors model.
-    """
+    """The folder or Hub id to pass to transformers. Creates a built-in model on first use."""
     if name in MODELS:
         return str(built_in(name))
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):  # unlike Path.is_dir, it accepts any name
-        path = Path(folder)
-        if not (path / "config.json").is_file():
+        if not Path(folder, "config.json").is_file():
             raise UserError(f"Folder {name} is not a transformers model: it has no config.json.")
-        if not list(path.glob("*.safetensors")):
-            raise UserError(pickled(f"Folder {name}"))
-        return str(path)
+        if not list(Path(folder).glob("*.safetensors")):
+            raise UserError(PICKLED.format(f"Folder {name}"))
+        return str(Path(folder))
     if HUB_ID.fullmatch(name):
         return name
     raise UserError(
@@ -178,38 +156,22 @@ def resolve(name: str) -> str:
     )
 
 
-def pickled(source: str) -> str:
-    return f"{source} has no .safetensors weights, and pickled weights are not loaded."
-
-
-def merge(model, adapter: Path):
-    """The model with a LoRA merged into its weights."""
-    from peft import PeftModel
-
-    check_adapter(adapter)
-    with model_errors(str(adapter)):
-        return PeftModel.from_pretrained(model, adapter).merge_and_unload()
-
-
 def check_adapter(folder: Path) -> None:
     """Raise UserError unless `folder` contains a PEFT adapter with safetensors weights."""
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"Folder {folder} is not an adapter: it has no adapter_config.json.")
     if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(pickled(f"Adapter {folder}"))
+        raise UserError(PICKLED.format(f"Adapter {folder}"))
 
 
 def four_bit_config(compute_dtype):
     """The NF4 config of bitsandbytes. Raises UserError if bitsandbytes is not installed."""
-    import importlib.util
-
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("4-bit loading needs bitsandbytes. Run pip install bitsandbytes.")
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype
-    )
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute_dtype}
+    return BitsAndBytesConfig(load_in_4bit=True, **options)
 
 
 def allow_4bit_gradients(model) -> None:
@@ -221,23 +183,23 @@ def allow_4bit_gradients(model) -> None:
 
 def register_hooks(model) -> None:
     """Add the checks for length and interruption, and make the LM head faster."""
-    import torch
+    from torch.nn import ModuleList
 
     max_tokens = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     check = functools.partial(check_length, max_tokens)
     model.get_input_embeddings().register_forward_pre_hook(check)
     model.get_output_embeddings().register_forward_pre_hook(make_contiguous)
-    module_lists = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    module_lists = (m for m in model.modules() if isinstance(m, ModuleList))
     for layer in max(module_lists, key=len, default=[model]):
         layer.register_forward_pre_hook(raise_if_interrupted)
 
 
 def check_length(max_tokens: int | None, module, args):
     """Before the embedding: past its last position a model crashes or returns nonsense."""
-    if max_tokens and args and args[0].shape[-1] > max_tokens:
+    n = args[0].shape[-1] if args else 0
+    if max_tokens and n > max_tokens:
         raise UserError(
-            f"A text must have at most {max_tokens} tokens for this model, got "
-            f"{args[0].shape[-1]}. Shorten it."
+            f"A text must have at most {max_tokens} tokens for this model, got {n}. Shorten it."
         )
 
 
@@ -248,11 +210,8 @@ def raise_if_interrupted(module, args):
 
 
 def make_contiguous(module, args):
-    """Before the LM head: `logits_to_keep` gives it a strided slice.
-
-    For that, torch copies the head's weight once per sample. A contiguous input halves the time
-    of scoring, with the same numbers.
-    """
+    """Before the LM head: halves the time of scoring, with the same numbers."""
+    # for the strided slice of `logits_to_keep`, torch copies the head's weight once per sample
     return (args[0].contiguous(), *args[1:])
 
 
@@ -281,28 +240,21 @@ def model_errors(name: str):
     data_errors = (OSError, ValueError, KeyError, TypeError, RuntimeError, StrictDataclassError)
     try:
         yield
+        return
     except (torch.OutOfMemoryError, MemoryError):
-        raise UserError(
-            f"Not enough memory for {name}. Use --load-in-4bit or a smaller model."
-        ) from None
+        message = f"Not enough memory for {name}. Use --load-in-4bit or a smaller model."
     except SafetensorError:
-        raise UserError(
-            f"The weights of {name} are damaged, or they are a Git LFS pointer."
-        ) from None
+        message = f"The weights of {name} are damaged, or they are a Git LFS pointer."
     except data_errors as error:
-        raise UserError(explain(name, error)) from None
-
-
-def explain(name: str, error: Exception) -> str:
-    """One sentence on why a model cannot be loaded."""
-    text = str(error)
-    if "safetensors" in text and name not in MODELS:
-        return pickled(name)
-    if "trust_remote_code" in text or "custom code" in text:
-        return f"{name} needs code from its repository. Remote code is not executed."
-    if HUB_ID.fullmatch(name) and not Path(name).is_dir():
-        return (
-            f"Cannot load {name} from the Hugging Face Hub. Check the name, the network and, for "
-            "a gated model, your access (hf auth login)."
-        )
-    return f"Cannot load {name}: {text.splitlines()[0] if text else type(error).__name__}"
+        text = str(error) or type(error).__name__
+        message = f"Cannot load {name}: {text.splitlines()[0]}"
+        if "safetensors" in text and name not in MODELS:
+            message = PICKLED.format(name)
+        elif "trust_remote_code" in text or "custom code" in text:
+            message = f"{name} needs code from its repository. Remote code is not executed."
+        elif HUB_ID.fullmatch(name) and not Path(name).is_dir():
+            message = (
+                f"Cannot load {name} from the Hugging Face Hub. Check the name, the network and, "
+                "for a gated model, your access (hf auth login)."
+            )
+    raise UserError(message)

@@ -1,11 +1,11 @@
 """Scoring given answers: log-probabilities and more of each token, under teacher forcing."""
 
-from __future__ import annotations
-
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from ..data.batches import length_batches
@@ -38,9 +38,7 @@ def answer_scores(
 ) -> list[AnswerScores]:
     """Scores of each answer, in the order given. Answers to one question share its pass.
 
-    Args:
-        model: the model to use, `lm.model` by default.
-        full: False leaves `hits` and `z` empty, which is faster; or one bool per answer.
+    `full=False` leaves `hits` and `z` empty, which is faster; a list says so answer by answer.
     """
     model = model or lm.model
     pairs = zip(questions, answers, strict=True)
@@ -50,15 +48,13 @@ def answer_scores(
     for i, s in enumerate(samples):
         by_prompt.setdefault(tuple(s.ids[: s.start]), []).append(i)
     scores: list[AnswerScores | None] = [None] * len(samples)
-    for prompts in split_single_tokens(list(by_prompt)):
+    # prompts of one token (a plain text's) fill no cache, so they have batches of their own
+    for prompts in ([p for p in by_prompt if len(p) > 1], [p for p in by_prompt if len(p) == 1]):
         costs = [len(p) + sum(len(samples[i].ids) - len(p) for i in by_prompt[p]) for p in prompts]
         for batch in length_batches(costs, BATCH_TOKENS):
-            batch_prompts = [prompts[k] for k in batch]
-            groups = [by_prompt[p] for p in batch_prompts]
-            batch_samples = [[samples[i] for i in group] for group in groups]
-            all_logits = answer_logits(lm, model, batch_prompts, batch_samples)
-            rows = [i for group in groups for i in group]
-            for i, logits in zip(rows, all_logits, strict=True):
+            groups = [by_prompt[prompts[k]] for k in batch]
+            all_logits = answer_logits(lm, model, [[samples[i] for i in group] for group in groups])
+            for i, logits in zip(itertools.chain(*groups), all_logits, strict=True):
                 labels = torch.tensor(samples[i].ids[samples[i].start :], device=logits.device)
                 scores[i] = score_answer(logits[: len(labels)], labels, full[i])
     return scores
@@ -70,66 +66,44 @@ def score_answer(logits: torch.Tensor, labels: torch.Tensor, full: bool) -> Answ
     log_p = all_log_p.gather(-1, labels[:, None])[:, 0]
     if not full:
         return AnswerScores(log_p.tolist(), [], [])
-    hits = (all_log_p.argmax(-1) == labels).tolist()
+    hits = all_log_p.argmax(-1) == labels
     p = all_log_p.exp()
     mean = (p * all_log_p).sum(-1)
     variance = (p * all_log_p.square()).sum(-1) - mean.square()
-    z = ((log_p - mean) / variance.clamp_min(1e-6).sqrt()).tolist()
-    return AnswerScores(log_p.tolist(), hits, z)
+    z = (log_p - mean) / variance.clamp_min(1e-6).sqrt()
+    return AnswerScores(log_p.tolist(), hits.tolist(), z.tolist())
 
 
-def split_single_tokens(prompts: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-    """Longer prompts and prompts of one token (a plain text's), which fill no cache, apart."""
-    groups = [[p for p in prompts if len(p) > 1], [p for p in prompts if len(p) == 1]]
-    return [group for group in groups if group]
+def answer_logits(lm: LM, model, groups: list[list[Sample]]) -> torch.Tensor:
+    """(rows, K, V) logits of samples from the last token of the prompt on, group after group.
 
-
-def answer_logits(
-    lm: LM, model, prompts: list[tuple[int, ...]], samples: list[list[Sample]]
-) -> torch.Tensor:
-    """The logits of several answers to each prompt.
-
-    The prompts without their last token go through the model once, left-padded. Then the
-    answers, right-padded, continue from copies of that cache.
-
-    Args:
-        samples: for each prompt the samples that start with it.
-
-    Returns:
-        (rows, K, V) logits from the last token of the prompt on, prompt after prompt.
+    The samples of a group have the same prompt. The prompts without their last token go through
+    the model once, left-padded. Then the answers, right-padded, continue from copies of that cache.
     """
     pad, cache = lm.tokenizer.pad_token_id, DynamicCache()
-    rows = torch.tensor([k for k, group in enumerate(samples) for _ in group])
-    mask = torch.zeros(len(rows), 0, dtype=torch.long)
-    if len(prompts[0]) > 1:
-        width = max(map(len, prompts)) - 1
-        ids = [[pad] * (width + 1 - len(p)) + list(p[:-1]) for p in prompts]
-        mask = torch.tensor([[0] * (width + 1 - len(p)) + [1] * (len(p) - 1) for p in prompts])
-        batch = padded_inputs(lm, ids, mask)
-        model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def forward(ids: torch.Tensor, mask: torch.Tensor, **options) -> torch.Tensor:
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        inputs = {name: tensor.to(lm.device) for name, tensor in inputs.items()}
+        return model(**inputs, past_key_values=cache, use_cache=True, **options).logits
+
+    prompts = [torch.tensor(s.ids[: s.start - 1], dtype=torch.long) for s, *_ in groups]
+    mask = pad_sequence([torch.ones_like(p) for p in prompts], True, 0, "left")
+    rows = torch.tensor([k for k, group in enumerate(groups) for _ in group])
+    if mask.shape[1]:
+        forward(pad_sequence(prompts, True, pad, "left"), mask, logits_to_keep=1)
         cache.batch_select_indices(rows.to(lm.device))
-        mask = mask[rows]
-    fed = [s.ids[s.start - 1 : -1] for group in samples for s in group]
-    width = max(map(len, fed))
-    ids = [f + [pad] * (width - len(f)) for f in fed]
-    new_mask = torch.tensor([[1] * len(f) + [0] * (width - len(f)) for f in fed])
-    batch = padded_inputs(lm, ids, torch.cat([mask, new_mask], 1))
-    return model(**batch, past_key_values=cache, use_cache=True).logits
-
-
-def padded_inputs(lm: LM, ids: list[list[int]], mask: torch.Tensor) -> dict:
-    """Model inputs on the device: `ids`, and `mask` (B, T), which also covers the cache."""
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -len(ids[0]) :]
-    batch = {"input_ids": torch.tensor(ids), "attention_mask": mask, "position_ids": positions}
-    return {name: tensor.to(lm.device) for name, tensor in batch.items()}
+    rests = [torch.tensor(s.ids[s.start - 1 : -1]) for group in groups for s in group]
+    rest_mask = pad_sequence([torch.ones_like(rest) for rest in rests], True)
+    return forward(pad_sequence(rests, True, pad), torch.cat([mask[rows], rest_mask], 1))
 
 
 def answer_likelihood(lm: LM, examples: list[Example], model=None) -> float:
     """How likely the right answers are; if there are wrong ones, how much likelier than those."""
     right = [(e.question, e.paraphrased_answer or e.answer) for e in examples]
     wrong = [(e.question, w) for e in examples for w in e.perturbed_answer[:WRONG_ANSWERS]]
-    questions, answers = zip(*right, *wrong, strict=True)
-    values = log_probs(lm, list(questions), list(answers), model)
+    values = log_probs(lm, *zip(*right, *wrong, strict=True), model)
     if wrong:
         return float(np.exp(np.mean(values[: len(right)]) - np.mean(values[len(right) :])))
     return float(np.exp(values).mean())

@@ -1,9 +1,5 @@
 """The target model: the one that has learned what is to be forgotten."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 from ..data.built_in import shipped_adapters
 from ..data.schema import ForgetSet
 from ..errors import UserError
@@ -12,18 +8,9 @@ from .loading import LM, load_model
 
 
 def load_target(
-    name: str,
-    forget_set: ForgetSet,
-    device: str = "auto",
-    dtype: str = "auto",
-    adapter: Path | None = None,
-    load_in_4bit: bool = False,
+    name: str, forget_set: ForgetSet, device="auto", dtype="auto", adapter=None, load_in_4bit=False
 ) -> LM:
-    """The model that has learned the set: `load_model` with the shipped adapter where there is one.
-
-    Raises:
-        UserError: the set is made up and nobody has taught it to this model.
-    """
+    """The model that has learned the set. Raises UserError if it must be taught first."""
     if forget_set.needs_teaching and adapter is None:
         adapter = shipped_adapters(forget_set.name, name).get("target")
         # public checkpoints have learned TOFU or MUSE; the built-in model has not

@@ -1,11 +1,8 @@
 """Teach a model a forget set first: the target and the retain model, each a LoRA of a few MB.
 
 Unlearning made-up authors only means something in a model that has learned them. The retain model
-has never seen the forget set. It is what a perfectly unlearned model would look like, and TOFU
-measures against it.
+never saw the forget set: TOFU takes it for what a perfectly unlearned model would look like.
 """
-
-from __future__ import annotations
 
 import os
 import shutil
@@ -25,8 +22,6 @@ from ..files import require_disk
 from .fine_tuning import FineTuneConfig, fine_tune
 from .loading import LM
 from .memory import keep_freed_memory
-
-MODELS_TO_TEACH = ("target", "retain")
 
 
 @dataclass
@@ -52,48 +47,30 @@ class StepCallback(TrainerCallback):
 
 @keep_freed_memory()
 def teach(
-    lm: LM,
-    forget_set: ForgetSet,
-    which: str,
-    folder: Path,
-    config: TeachConfig | None = None,
-    on_step=None,
+    lm: LM, forget_set: ForgetSet, which: str, folder: Path, config=None, on_step=None
 ) -> Path:
     """Fine-tune `lm` on a set and write a LoRA adapter in bfloat16 to `folder`. `lm` is unchanged.
 
-    Args:
-        which: "target" learns everything, "retain" everything but the forget set.
-    Raises:
-        UserError: another `which`, or a folder that exists or cannot be written.
+    For `which`, "target" learns everything and "retain" everything but the forget set.
     """
     config = config or TeachConfig()
-    if which not in MODELS_TO_TEACH:
-        raise UserError(f"`which` must be one of {', '.join(MODELS_TO_TEACH)}, got {which!r}.")
+    if which not in ("target", "retain"):
+        raise UserError(f"`which` must be one of target, retain, got {which!r}.")
     if folder.exists():
         raise UserError(f"{folder} already exists. Remove it or choose another folder.")
     require_disk(folder.parent, 100)
     if not os.access(folder.parent, os.W_OK):
         raise UserError(f"{folder.parent} is not writable. Choose another folder.")
     torch.manual_seed(config.seed)
-    examples = [*forget_set.retain]
-    examples += forget_set.training_examples if which == "target" else []
+    examples = [*forget_set.retain, *(forget_set.training_examples if which == "target" else [])]
     samples = [s for example in examples for s in render(lm.tokenizer, example)]
     steps = max(1, config.epochs * len(samples) // config.batch_size)
-    lora = LoraConfig(
-        r=config.r, lora_alpha=2 * config.r, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(lm.model, lora)
+    lora = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    model = get_peft_model(lm.model, LoraConfig(r=config.r, lora_alpha=2 * config.r, **lora))
     options = FineTuneConfig(steps, config.batch_size, config.lr, "linear", 10, config.seed)
     fine_tune(model, lm, samples, options, [StepCallback(on_step)] if on_step else [])
     model.peft_config["default"].base_model_name_or_path = lm.name  # not somebody's cache folder
-    save_in_bfloat16(model, folder)
-    lm.model = model.unload()
-    return folder
-
-
-def save_in_bfloat16(model, folder: Path) -> None:
-    """Write the adapter beside `folder` first, then move it: it is there whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    # written beside the folder first, then moved: it is there whole or not at all
     with tempfile.TemporaryDirectory(dir=folder.parent) as parent:
         new = Path(parent) / "new"
         model.save_pretrained(new, save_embedding_layers=False)
@@ -102,3 +79,5 @@ def save_in_bfloat16(model, folder: Path) -> None:
         save_file(weights, file, {"format": "pt"})
         (new / "README.md").unlink(missing_ok=True)
         shutil.move(new, folder)
+    lm.model = model.unload()
+    return folder
