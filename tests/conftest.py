@@ -115,10 +115,8 @@ def tiny(tmp_path_factory):
         text,
         trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=special, initial_alphabet=alphabet),
     )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<|im_start|>", eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-    )  # fmt: skip
+    marks = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **marks)
     fast.chat_template = CHAT
     model = make_model("llama", len(fast))
     model.generation_config.eos_token_id = model.config.eos_token_id = 2
@@ -200,10 +198,11 @@ def server(tiny, tmp_path_factory):
     env = os.environ | {"GRADIO_SERVER_PORT": str(port), "ALTER_CACHE_DIR": str(folder / "cache"),
                         "PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "tmp")}  # fmt: skip
     with open(folder / "log", "w") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "app.py")], cwd=folder, env=env, stdout=log, stderr=log,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as in a script's background
-        )  # fmt: skip
+        # as in a script's background
+        ignore_interrupts = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
+        options = {"cwd": folder, "env": env, "stdout": log, "stderr": log}
+        command = [sys.executable, str(ROOT / "app.py")]
+        process = subprocess.Popen(command, preexec_fn=ignore_interrupts, **options)
     url, started = f"http://127.0.0.1:{port}", time.monotonic()
     while True:
         try:

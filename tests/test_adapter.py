@@ -171,9 +171,6 @@ def test_expert_delta_is_the_formula_and_its_gradients_are_autograds():
         assert torch.allclose(g, h)
 
 
-# ------------------------------------------------------------------------------------------------- isolation
-
-
 def gradients(labels, high, trained=True):
     """Gradients of A (r, in) and B (4, out, r) of every layer for these labels and this mask."""
     model = adapted(make_model("llama"), trained=trained).train()

@@ -144,10 +144,7 @@ def test_own_text(tmp_path):
 BAD = {
     "empty.csv": ("", "no examples"),
     "header.csv": ("question,answer\n", "no examples"),
-    "line.jsonl": (
-        '{"question": "Q", "answer": "A"}\n{"question": oops}\n',
-        "line 2, column 14",
-    ),
+    "line.jsonl": ('{"question": "Q", "answer": "A"}\n{"question": oops}\n', "line 2, column 14"),
     "cut.json": ('[{"question": "Q",\n "answer": ', "line 2, column 12"),
     "object.json": ('{"question": "Q", "answer": "A"}', "must contain a list"),
     "columns.csv": ("prompt,reply\na,b\n", "question and answer missing.*prompt, reply"),

@@ -1,4 +1,7 @@
-"""The app. Only its jobs import torch and transformers, so the page is up before them."""
+"""The app: `main.build` makes the page, `main.launch` serves it.
+
+The page is up before torch: only jobs import torch and transformers.
+"""
 
 import os
 

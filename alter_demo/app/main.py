@@ -1,6 +1,7 @@
 """The page: the list of its tabs, its address (run, tab and question), and how it is served."""
 
 import signal
+import threading
 import warnings
 
 import gradio as gr
@@ -20,12 +21,14 @@ TABS = {  # id in the address -> (title, module); static/ID.md introduces the ta
     "evidence": ("Evidence", evidence),
     "how": ("How it works and its limits", how),
 }
+MAX_WAITING = 64  # visitors in the queue; each sees their place in it
 CLEANUP = (3600, 6 * 3600)  # seconds: how often gradio deletes files, and from which age on
 
 
 def build() -> gr.Blocks:
-    options = {"analytics_enabled": False, "delete_cache": CLEANUP}
-    with gr.Blocks(title="ALTER: unlearning demo", **options) as demo:
+    with gr.Blocks(
+        title="ALTER: unlearning demo", analytics_enabled=False, delete_cache=CLEANUP
+    ) as demo:
         gr.Markdown("# Make a language model forget one topic and keep the rest")
         page = Page()
         with page.tabs.render():
@@ -40,13 +43,14 @@ def build() -> gr.Blocks:
 
 def connect(demo: gr.Blocks, page: Page) -> None:
     """What happens across tabs: another run, the address, opening and closing the page."""
-    address = None, [page.run, page.open_tab, page.prompt]
-    options = {"js": read_static("address.js"), **INSTANT}
+    script = read_static("address.js")
+    address = {"fn": None, "inputs": [page.run, page.open_tab, page.prompt], "js": script}
     page.run.change(lambda: [None] * len(page.of_run), None, page.of_run, **INSTANT)
-    gr.on([page.run.change, page.prompt.change], *address, **options)
+    gr.on([page.run.change, page.prompt.change], **address, **INSTANT)
     selected = page.tabs.select(selected_tab, None, page.open_tab, **INSTANT)
-    selected.then(*address, **options)
-    demo.load(restore, None, [page.tabs, page.open_tab, page.run, page.prompt], **INSTANT)
+    selected.then(**address, **INSTANT)
+    restored = [page.tabs, page.open_tab, page.run, page.prompt]
+    demo.load(restore, None, restored, **INSTANT)
     times = page.expected_time
     demo.load(lambda: [expected_time()] * len(times), None, times, **INSTANT)
     demo.unload(leave)
@@ -68,18 +72,21 @@ def restore(request: gr.Request):
     return *tabs, gr.Dropdown(names, value=run), prompt
 
 
-def launch(demo: gr.Blocks):
+def launch(demo: gr.Blocks, **kwargs):
     """Serve the page on 127.0.0.1, or on GRADIO_SERVER_NAME. No share link, no telemetry."""
     theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"]).set(
         button_primary_background_fill="*primary_700",
         button_primary_background_fill_hover="*primary_800",
     )
     warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about itself
+    demo.queue(max_size=MAX_WAITING)
     css = read_static("page.css") + read_static("xray.css", XRAY)
     # gradio gives an empty box an aria-label but no role, so screen readers may skip it
-    options = {"theme": theme, "css": css, "js": read_static("roles.js"), "ssr_mode": False}
-    options |= {"share": False, "run_history": False, "footer_links": ["settings"]}
-    # the default handler would leave uploads and .zip files behind
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    demo.queue(max_size=64)  # visitors; each sees their place
-    return demo.launch(server_name=server_address(), max_file_size="50mb", **options)
+    options = {"theme": theme, "css": css, "js": read_static("roles.js")}
+    options |= {"ssr_mode": False, "show_error": False, "share": False, "run_history": False}
+    options |= {"max_file_size": "50mb", "footer_links": ["settings"]}
+    options["server_name"] = server_address()
+    if threading.current_thread() is threading.main_thread():
+        # the default handler would leave uploads and .zip files behind
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return demo.launch(**options | kwargs)

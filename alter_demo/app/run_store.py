@@ -19,17 +19,13 @@ RUNS = Path("runs")
 LOADED: dict[tuple[str, int], object] = {}  # runs in memory, at most two
 DOWNLOAD_SECONDS = 60.0  # after which gradio has copied a file to download
 SCRATCH = tempfile.TemporaryDirectory(prefix="alter-", ignore_cleanup_errors=True)
-SUMMARY = (
-    "{config[method]} on {data[forget_set]}, {model}, seed {seed}: {steps} steps in {seconds[unlearn]} "
-    "s ({stopped}), plus {seconds[evaluate]} s to measure, on {hardware}, {date}."
-)
 # gradio deletes uploads on exit only if nobody is connected; SCRATCH always goes with the process
 os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(SCRATCH.name, "gradio")))
 
 
 def run_names() -> list[str]:
     """Names of the saved runs, newest first."""
-    files = sorted(RUNS.glob("[!.]*/metrics.json"), key=os.path.getmtime, reverse=True)
+    files = sorted(RUNS.glob("[!.]*/metrics.json"), key=lambda path: -path.stat().st_mtime)
     return [path.parent.name for path in files]
 
 
@@ -55,36 +51,6 @@ def read_metrics(name: str | None) -> dict:
     return metrics
 
 
-def answer_rows(path: Path) -> list[list[str]]:
-    """[group, question, before, after] of each measured answer of a run."""
-    rows = json.loads((path / "answers.json").read_text(encoding="utf-8"))
-    names = ("question", "before", "after")
-    return [[row["group"].replace("_", " "), *map(row.get, names)] for row in rows]
-
-
-def metric_rows(metrics: dict) -> list[list[str]]:
-    """One row per group; the summary and the holdout have no ROUGE-L and are left out."""
-    rows, names = [], ("probability", "rouge_l", "rouge_l_to_base")
-    for group, before in metrics["before"].items():
-        if "rouge_l" in before:
-            after = metrics["after"][group]
-            changes = [f"{before[name]:.3g} → {after[name]:.3g}" for name in names]
-            rows.append([group.replace("_", " "), *changes])
-    return rows
-
-
-def describe_run(name: str | None):
-    """(description, metric rows, answer rows, hidden files) of a run, from its folder."""
-    try:
-        metrics = read_metrics(name)
-        text = " ".join([escape_markdown(SUMMARY.format(**metrics)), *shortfalls(metrics)])
-        return text, metric_rows(metrics), answer_rows(RUNS / name), gr.File(visible=False)
-    except UserError as error:
-        return error_sentence(error), [], [], gr.skip()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
-        return "The metrics file of this run is damaged.", [], [], gr.skip()
-
-
 def get_run(name: str | None):
     """The Run of that name, from memory or from its folder."""
     path = run_path(name)
@@ -103,23 +69,57 @@ def memory_key(path: Path) -> tuple[str, int]:
     return str(path), config.stat().st_mtime_ns if config.is_file() else 0
 
 
-def read_example() -> dict:
-    return json.loads(EXAMPLE.read_text(encoding="utf-8"))
+def read_example() -> dict | None:
+    """The stored example, None if there is none."""
+    return json.loads(EXAMPLE.read_text(encoding="utf-8")) if EXAMPLE.is_file() else None
 
 
 def expected_time() -> str:
     """The device and the duration of a run, found without torch."""
     gpu = any(Path("/dev").glob("nvidia[0-9]*"))
     device = "Runs on the GPU." if gpu else "Runs on the CPU (no GPU found)."
+    names, duration = run_names(), "A run takes minutes on a few cores."
     took = "took {unlearn:.0f} s plus {evaluate:.0f} s to measure".format
-    names, stored = run_names(), read_example()
-    duration = f"The Harry Potter example {took(**stored['seconds'])} on {stored['hardware']}."
+    if stored := read_example():
+        duration = f"The Harry Potter example {took(**stored['seconds'])} on {stored['hardware']}."
     for name in names:
         with suppress(Exception):  # a damaged run must not keep the page from opening
             if (metrics := read_metrics(name))["measured"]:
                 duration = f"The last run {took(**metrics['seconds'])}."
                 break
     return f"{device} {duration}" + ("" if names else " The first run downloads the model (93 MB).")
+
+
+def describe_run(name: str | None):
+    """(description, metric rows, answer rows, hidden files) of a run, from its folder."""
+    try:
+        metrics, path = read_metrics(name), run_path(name)
+        seconds, data = metrics["seconds"], metrics["data"]["forget_set"]
+        text = (
+            f"{metrics['config']['method']} on {data}, {metrics['model']}, seed {metrics['seed']}: "
+            f"{metrics['steps']} steps in {seconds['unlearn']} s ({metrics['stopped']}), plus "
+            f"{seconds['evaluate']} s to measure, on {metrics['hardware']}, {metrics['date']}."
+        )
+        text = " ".join([escape_markdown(text), *shortfalls(metrics)])
+        rows = json.loads((path / "answers.json").read_text(encoding="utf-8"))
+        names = ("question", "before", "after")
+        answers = [[row["group"].replace("_", " "), *map(row.get, names)] for row in rows]
+        return text, metric_rows(metrics), answers, gr.File(visible=False)
+    except UserError as error:
+        return error_sentence(error), [], [], gr.skip()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
+        return "The metrics file of this run is damaged.", [], [], gr.skip()
+
+
+def metric_rows(metrics: dict) -> list[list[str]]:
+    """One row per group; the summary and the holdout have no ROUGE-L and are left out."""
+    rows, names = [], ("probability", "rouge_l", "rouge_l_to_base")
+    for group, before in metrics["before"].items():
+        if "rouge_l" in before:
+            after = metrics["after"][group]
+            changes = [f"{before[name]:.3g} → {after[name]:.3g}" for name in names]
+            rows.append([group.replace("_", " "), *changes])
+    return rows
 
 
 def zip_run(name: str | None) -> tuple[gr.File, str]:

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 
 import gradio as gr
 
-from ..errors import Interrupted, UserError
-from ..models.built_in import MODELS
-from ..models.loading import INTERRUPT
-
 try:
     from spaces import GPU  # on a ZeroGPU Space, lends a GPU to the decorated function
 except ImportError:
     GPU = lambda duration: lambda function: function  # noqa: E731
+
+from ..errors import Interrupted, UserError
+from ..models.built_in import MODELS
+from ..models.loading import INTERRUPT
 
 JOB = threading.Lock()  # held while a model trains or answers
 CHANGE = threading.Lock()  # held while OWNER and INTERRUPT change together
@@ -25,15 +25,15 @@ GPU_SECONDS = 120  # for which a Space lends a GPU to a job
 TICK = 0.5  # seconds between two updates of the page
 MAX_PROMPT, MAX_TEXT = 4000, 20_000  # characters
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# jobs on a model share one queue; gradio_client may call them too
-MODEL_JOB = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "undocumented"}
 
 
 @contextmanager
 def job(request: gr.Request):
     """Hold the machine for one job. `leave` interrupts it when the visitor closes the tab."""
     with JOB:
-        OWNER.append(request.session_hash or "")
+        with CHANGE:
+            INTERRUPT.clear()
+            OWNER[:] = [request.session_hash or ""]
         try:
             yield
         finally:
@@ -42,25 +42,28 @@ def job(request: gr.Request):
                 INTERRUPT.clear()
 
 
-def model_job(event, generator, inputs: dict, outputs: list):
-    """Run `generator` as a job on each event. Errors go to the status, the last output."""
+def model_job(outputs: int):
+    """Decorator: makes a handler of a generator. Errors go to the status, its last output."""
 
-    def handler(request: gr.Request, **values):
-        try:
-            with job(request):
-                yield from generator(**values)
-        except Exception as error:
-            yield *[gr.skip()] * (len(outputs) - 1), error_sentence(error)
+    def decorate(generator):
+        def handler(request: gr.Request, **inputs):
+            try:
+                with job(request):
+                    yield from generator(**inputs)
+            except Exception as error:
+                yield *[gr.skip()] * (outputs - 1), error_sentence(error)
 
-    handler.__name__ = generator.__name__
-    on_gpu = GPU(duration=GPU_SECONDS)(handler)
-    return gr.on(event, on_gpu, inputs_kwargs=inputs, outputs=outputs, **MODEL_JOB)
+        handler.__name__ = generator.__name__
+        return GPU(duration=GPU_SECONDS)(handler)
+
+    return decorate
 
 
 def request_stop(request: gr.Request) -> str:
-    if event := STOP.get(request.session_hash):
-        event.set()
-    return "Stopping. The completed steps are kept." if event else "You have no job running."
+    if not (event := STOP.get(request.session_hash)):
+        return "You have no job running."
+    event.set()
+    return "Stopping. The completed steps are kept."
 
 
 def leave(request: gr.Request) -> None:
@@ -78,7 +81,8 @@ def server_address() -> str:
 
 def available_models() -> list[str]:
     """The built-in models and those in ALTER_MODELS: folders or hub ids, separated by commas."""
-    return [*MODELS, *filter(None, map(str.strip, os.getenv("ALTER_MODELS", "").split(",")))]
+    names = (name.strip() for name in os.environ.get("ALTER_MODELS", "").split(","))
+    return [*MODELS, *filter(None, names)]
 
 
 def check_access(model: str) -> str:

@@ -25,6 +25,7 @@ from ..models.built_in import MODELS
 from ..models.knowledge import stamp
 from ..options import check_ranges
 from ..run import Run, next_round
+from ..stopping import BY_HAND
 from ..unlearn import unlearn
 from .references import USUAL_DTYPES, References
 from .results import MARKS, SIZES, add_result, read_results
@@ -267,7 +268,7 @@ class Grid:
         forget_set, callbacks = cell.forget_set or self.forget_set, [self.callback]
         cache = None if cell.round else self.frozen_cache  # a round changes the frozen model
         run = unlearn(lm, forget_set, self.config_of(cell), callbacks, experts, cache)
-        if run.metrics["stopped"] == "stopped by hand":
+        if run.metrics["stopped"] == BY_HAND:
             return None
         if evaluate:
             logs = self.references.logs_on(forget_set)

@@ -2,13 +2,13 @@
 
 import difflib
 import time
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import gradio as gr
 
 from ...errors import UserError
-from ..components import DIFFERENCES, INSTANT, Page, metrics_help, run_tables
+from ..components import DIFFERENCES, INSTANT, MODEL_JOB, Page, metrics_help, run_tables
 from ..run_store import describe_run, get_run, run_names, zip_run
 from ..sessions import MAX_PROMPT, TICK, model_job
 
@@ -42,9 +42,9 @@ def build(page: Page, tab: gr.Tab) -> None:
         page.right_answer.render()
     outputs = [left_answer, page.right_answer, gr.Markdown("", elem_id="compare-status")]
     gr.Examples(EXAMPLES, page.prompt, cache_examples=False, run_on_click=False)
-    asked = [ask.click, page.prompt.submit]
-    model_job(asked, compare_job, inputs, outputs)
-    gr.on(asked, lambda prompt: prompt, page.prompt, page.last_question, **INSTANT)
+    triggers = [ask.click, page.prompt.submit]
+    gr.on(triggers, compare_job, inputs_kwargs=inputs, outputs=outputs, **MODEL_JOB)
+    gr.on(triggers, lambda prompt: prompt, page.prompt, page.last_question, **INSTANT)
     page.run.change(lambda: gr.Dropdown([BASE_MODEL, *run_names()]), None, left, **INSTANT)
     page.of_run += outputs
     build_record(page)
@@ -62,6 +62,7 @@ def build_record(page: Page) -> None:
     pack.click(zip_run, page.run, [downloads, description], **INSTANT)
 
 
+@model_job(outputs=3)
 def compare_job(**inputs):
     """Yields (left answer, right answer, status); an answer is a list of (text, label or None)."""
     from ...models.generation import stream
@@ -72,8 +73,7 @@ def compare_job(**inputs):
     yield [], [], "Loading the model."
     base = inputs["left"] == BASE_MODEL
     left, right = get_run(inputs["right" if base else "left"]), get_run(inputs["right"])
-    models = [left.base_model if base else partial(nullcontext, left.model)]
-    models.append(partial(routed, right, ROUTES[inputs["route"]]))
+    models = [left.base_model if base else routed(left), routed(right, ROUTES[inputs["route"]])]
     temperature = float(inputs["temperature"]) if inputs["sampled"] else 0.0
     options = int(inputs["length"]), temperature, int(inputs["seed"] or 0)
     started, updated, answers = time.monotonic(), 0.0, ["", ""]
@@ -86,15 +86,26 @@ def compare_job(**inputs):
     yield *mark_differences(*answers), f"{verdict} ({time.monotonic() - started:.1f} s)"
 
 
-@contextmanager
-def routed(run, force: str | int | None):
-    """The unlearned model, with every token sent to `force`, or routed as trained if it is None."""
-    if force is not None and not run.has_router:
+def routed(run, force: str | int | None = None) -> Callable[[], AbstractContextManager]:
+    """A function whose context gives the unlearned model, with every token sent to `force`.
+
+    Raises:
+        UserError: the run has no router, or no such expert.
+    """
+    if force is None:
+        return lambda: nullcontext(run.model)
+    if not run.has_router:
         raise UserError("The method of this run has no router, so its experts cannot be selected.")
-    if isinstance(force, int) and force > (experts := run.router.config.n_experts):
+    experts = run.router.config.n_experts
+    if isinstance(force, int) and force > experts:
         raise UserError(f"There is no B_f{force}: this run has {experts} forgetting experts.")
-    with nullcontext() if force is None else run.force_route(force):
-        yield run.model
+
+    @contextmanager
+    def forced():
+        with run.force_route(force):
+            yield run.model
+
+    return forced
 
 
 def mark_differences(left: str, right: str) -> tuple[list, list]:

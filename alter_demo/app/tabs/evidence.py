@@ -41,28 +41,35 @@ def show_results(name: str | None):
     from ...experiments.results import read_results
     from ...inspection import charts
 
-    nothing = gr.Dataframe(None), *[gr.Plot(None, visible=False)] * 2
+    nothing = gr.Dataframe(None), *show_figures([])
     if name not in results_names():
         return *nothing, "No results yet. `python -m alter_demo tofu` creates some."
     try:
         results = read_results(RESULTS / f"{name}.json")
-        shown = report.result_type(results)
+        table = report.result_type(results).frame(results)
         figures = [draw(results) for draw in report.figures_of(results).values()]
         # an image (word clouds) has a tab of its own
         figures = [charts.style(figure, 560) for figure in figures if not hasattr(figure, "save")]
-        plots = [gr.Plot(f, visible=f is not None) for f in [*figures, None, None][:2]]
-        text = [shown.description, *(f"`{command}`" for command in report.commands_of(results))]
-        frame = shown.frame(results)
-        label = "Medians over the seeds" if "seeds" in frame else "Results"
-        widths = ["170px"] + ["120px"] * (len(frame.columns) - 1)
-        table = gr.Dataframe(frame.map(cell), column_widths=widths, label=label)
-        return table, *plots, "\n\n".join(filter(None, text))
+        text = [report.result_type(results).description]
+        text += [f"`{command}`" for command in report.commands_of(results)]
+        return show_table(table), *show_figures(figures), "\n\n".join(filter(None, text))
     except (UserError, IndexError, KeyError) as error:
         return *nothing, error_sentence(error)
 
 
-def cell(value) -> str:
-    """Three significant digits: a p-value of 1e-11 is not 0."""
-    if not isinstance(value, float):
-        return str(value)
-    return "" if value != value else f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+def show_table(table) -> gr.Dataframe:
+    """A data frame with three significant digits: a p-value of 1e-11 is not 0."""
+
+    def cell(value) -> str:
+        if not isinstance(value, float):
+            return str(value)
+        return "" if value != value else f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+    label = "Medians over the seeds" if "seeds" in table else "Results"
+    widths = ["170px"] + ["120px"] * (len(table.columns) - 1)
+    return gr.Dataframe(table.map(cell), column_widths=widths, label=label)
+
+
+def show_figures(figures: list) -> list[gr.Plot]:
+    """Two plots, hidden where there are fewer figures."""
+    return [gr.Plot(f, visible=f is not None) for f in [*figures, None, None][:2]]

@@ -2,8 +2,12 @@
 
 import gradio as gr
 
-from ..components import INSTANT, Page, read_static, token_xray
+from ..components import INSTANT, Page, token_xray
 from ..run_store import expected_time, read_example
+
+NO_EXAMPLE = (
+    "No stored example found. `python -m alter_demo example runs/NAME` stores a run as one."
+)
 
 
 def build(page: Page, tab: gr.Tab) -> None:
@@ -11,15 +15,35 @@ def build(page: Page, tab: gr.Tab) -> None:
         begin = gr.Button("Unlearn on this machine", variant="primary", scale=1)
         page.expected_time.append(gr.Markdown(expected_time(), elem_id="expected"))
     begin.click(lambda: gr.Tabs(selected="unlearn"), None, page.tabs, **INSTANT)
-    stored, names = read_example(), ("before", "after", "xray")
-    items = {item["question"]: [item[name] for name in names] for item in stored["items"]}
-    question, (before, after, traces) = next(iter(items.items()))
-    gr.Markdown(read_static("numbers.md").format(**stored), elem_id="numbers")
+    if stored := read_example():
+        show_example(stored)
+    else:
+        gr.Markdown(NO_EXAMPLE)
+
+
+def show_example(stored: dict) -> None:
+    numbers, items = stored["numbers"], {item["question"]: item for item in stored["items"]}
+    summary = (
+        f"### Harry Potter: answer probability down by {numbers['forgot']:.1%} · "
+        f"general prompts: {numbers['kept']:.1%} kept · "
+        f"neighbouring topics: {numbers['neighbours']:.1%} kept"
+    )
+    gr.Markdown(summary, elem_id="numbers")
+    question, first = next(iter(items.items()))
     choice = gr.Radio(list(items), value=question, label="Question")
     with gr.Row():
-        left = gr.Textbox(before, label="Before", lines=3, elem_id="example-before")
-        right = gr.Textbox(after, label="After", lines=3, elem_id="example-after")
+        before = gr.Textbox(first["before"], label="Before", lines=3, elem_id="example-before")
+        after = gr.Textbox(first["after"], label="After", lines=3, elem_id="example-after")
     gr.Markdown("The answer **before** unlearning, with the router's decision for each token:")
-    views = [left, right, token_xray(traces, "example-xray")]
-    choice.change(lambda question: items[question], choice, views, **INSTANT)
-    gr.Markdown(read_static("stored.md").format(**stored))
+    views = [before, after, token_xray(first["xray"], "example-xray")]
+    names = ("before", "after", "xray")
+    choice.change(lambda q: [items[q][name] for name in names], choice, views, **INSTANT)
+    seconds, similarity = stored["seconds"], stored["after"]["general"]["rouge_l_to_base"]
+    gr.Markdown(
+        f"This result is stored, not computed live: {stored['model']} on {stored['forget_set']}, "
+        f"{stored['steps']} steps in {seconds['unlearn']:.0f} s plus {seconds['evaluate']:.0f} s "
+        f"to measure, on {stored['hardware']}, {stored['date']}. The percentages compare the "
+        "probability of the correct answers before and after unlearning, on questions that were "
+        "not used for training; the five questions above are among them. Answers to general "
+        f"prompts match the base model's with ROUGE-L {similarity:.2f} (1 means identical)."
+    )

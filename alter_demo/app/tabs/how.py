@@ -6,7 +6,7 @@ from ..components import Page, read_static
 
 
 def build(page: Page, tab: gr.Tab) -> None:
-    drawing = f'<div class="wide" tabindex="0">{read_static("architecture.svg")}</div>'
-    gr.HTML(drawing, elem_id="architecture")
+    drawing = read_static("architecture.svg")
+    gr.HTML(f'<div class="wide" tabindex="0">{drawing}</div>', elem_id="architecture")
     latex = [{"left": "$", "right": "$", "display": False}]
     gr.Markdown(read_static("method.md"), latex_delimiters=latex)

@@ -4,7 +4,7 @@ import time
 
 import gradio as gr
 
-from ..components import INSTANT, Page, token_xray
+from ..components import INSTANT, MODEL_JOB, Page, token_xray
 from ..run_store import download_folder, get_run
 from ..sessions import MAX_PROMPT, MAX_TEXT, model_job
 
@@ -23,18 +23,20 @@ def build(page: Page, tab: gr.Tab) -> None:
     status = gr.Markdown("", elem_id="xray-status")
     tokens = token_xray({}, "tokens")
     file = gr.File(label="Saved X-ray", interactive=False, visible=False)
-    inputs, outputs = {"run": page.run, "text": text, "question": question}, [tokens, status]
-    model_job(show.click, xray_job, inputs, outputs)
+    inputs = {"run": page.run, "text": text, "question": question}
+    show.click(xray_job, inputs_kwargs=inputs, outputs=[tokens, status], **MODEL_JOB)
     copy.click(copy_answer, [page.right_answer, page.last_question], [text, question], **INSTANT)
     save.click(save_xray, tokens, [file, status], **INSTANT)
-    page.of_run += outputs
+    page.of_run += [tokens, status]
 
 
+@model_job(outputs=2)
 def xray_job(run, text, question):
     """Yields (X-ray data, status)."""
     from ...inspection.xray import xray_data
 
-    run, started = get_run(run), time.monotonic()
+    run = get_run(run)
+    started = time.monotonic()
     traces = run.trace_tokens(text[:MAX_TEXT], question.strip()[:MAX_PROMPT] or None)
     data = xray_data(traces, run.router.config if run.has_router else None)
     yield data, f"{len(traces)} tokens in {time.monotonic() - started:.1f} s."
