@@ -11,10 +11,12 @@ import pytest
 from nbclient import NotebookClient
 
 from alter_demo import lessons
+from alter_demo.experiments.speed import time_steps
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
-MAX_SECONDS = 180  # for each notebook, on 2 cores
+MAX_SECONDS = 180  # for each notebook, where a LoRA step takes LORA_STEP seconds
+LORA_STEP = 2.3  # on the two cores that the limit was set on; other machines differ threefold
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 CHECK = re.compile(r'check\("(\w+)"')
 SOLUTION = re.compile(
@@ -112,16 +114,23 @@ def test_a_broken_package_breaks_a_notebook(monkeypatch):
         run_to_the_check()
 
 
+@pytest.fixture(scope="module")
+def max_seconds():
+    """MAX_SECONDS on this machine, by the time of PEFT's LoRA step on it; no less than that."""
+    seconds, _ = time_steps("smollm2-135m", ("lora",), 3, "cpu", "float32")
+    return MAX_SECONDS * max(1.0, seconds["lora"] / LORA_STEP)
+
+
 @pytest.mark.slow
 @each_notebook
-def test_it_runs_and_shows_what_is_committed(path):
+def test_it_runs_and_shows_what_is_committed(path, max_seconds):
     notebook, committed = read(path), read(path)
     started = time.monotonic()
     resources = {"metadata": {"path": path.parent}}
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
     seconds = time.monotonic() - started
-    print(f"{path.stem}: {seconds:.0f} s")
+    print(f"{path.stem}: {seconds:.0f} s of {max_seconds:.0f} s")
     for old, new in zip(tagged(committed, "same"), tagged(notebook, "same"), strict=True):
         before, now = (list(map(float, NUMBER.findall(output_text(cell)))) for cell in (old, new))
         assert before and now == pytest.approx(before, rel=0.05, abs=0.02), output_text(new)
-    assert seconds < MAX_SECONDS
+    assert seconds < max_seconds

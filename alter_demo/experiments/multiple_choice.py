@@ -112,8 +112,11 @@ def accuracy(lm, model, tasks: list, limit: int | None = None) -> dict[str, floa
     from lm_eval.models.huggingface import HFLM
 
     init, loaded = tqdm.__init__, task_manager(False).load(tasks)
-    no_bar = lambda bar, *args, **options: init(bar, *args, **options | {"disable": True})  # noqa: E731
-    with patch.object(tqdm, "__init__", no_bar):  # it draws a bar per task, across our own
+
+    def no_bar(bar, *args, **options):  # lm-eval draws one per task, across our own
+        init(bar, *args, **options | {"disable": True})
+
+    with patch.object(tqdm, "__init__", no_bar):
         wrapped = HFLM(pretrained=model, tokenizer=lm.tokenizer, batch_size=BATCH_SIZE)
         found = evaluate(wrapped, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
     names = [t.task_name if hasattr(t, "task_name") else t.name for t in tasks]
