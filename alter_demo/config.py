@@ -1,7 +1,7 @@
 """Every option of a run, documented once. The command line and the page are built from this file.
 
 `UnlearnConfig` nests four parts: the adapter, the training, the data and the evaluation. This
-module imports no torch, so that `--help` and the page are there at once.
+module imports no torch, which keeps `--help` and the page fast.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class AdapterConfig:
 class TrainingConfig:
     """How phase two trains. Each method has values of its own: see `training_config`."""
 
-    max_steps: int = option(120, "steps at most", 1, 10_000)
+    max_steps: int = option(120, "maximum number of steps", 1, 10_000)
     batch_size: int = option(4, "forget samples per step, with as many retain samples", 1, 256)
     lr_b: float = option(1e-3, "learning rate of the experts", 0.0, 1.0)
     lr_a: float = option(1e-5, "learning rate of A", 0.0, 1.0)
@@ -86,12 +86,12 @@ class EvaluationConfig:
     limit: int | None = option(None, "examples per group (default: all)", 2)
     kept: int | None = option(None, "examples per group that must stay (default: limit)", 1)
     groups: tuple[str, ...] | None = option(None, "groups to measure (default: all)")
-    tokens: int = option(64, "length of an answer at most", 1, 4096)
+    tokens: int = option(64, "maximum answer length in tokens", 1, 4096)
 
 
 @dataclass
 class UnlearnConfig:
-    """Everything a person can choose. `training=None` takes the method's own values."""
+    """All user-facing options. `training=None` takes the method's own values."""
 
     method: str = option("alter_selective", "one of the methods", choices=tuple(METHODS))
     adapter: AdapterConfig = field(default_factory=AdapterConfig)

@@ -36,7 +36,7 @@ class Run:
     """An unlearned model with its record. `unlearn` and `load_run` make it.
 
     Attributes:
-        lm: the base model with its tokenizer.
+        lm: the LM that was unlearned; `base_model` gives the model before that.
         model: the unlearned model.
         metrics: what metrics.json holds.
         forget_set: as it was fitted to the model; None for a run from disk.
@@ -155,7 +155,7 @@ class Run:
             with memory_errors():
                 self.measure(logs, callback, before, retain_log, retain_adapter)
         except StopMeasuring:
-            logs = {}  # half of it compares with nothing
+            logs = {}  # an incomplete log cannot be compared
         self.metrics["seconds"]["evaluate"] = round(time.perf_counter() - started, 1)
         self.logs = logs
         self.metrics |= group_metrics(logs) | {"measured": "after" in logs}

@@ -80,7 +80,7 @@ def write_run(run, path: Path) -> Path:
 def write_weights(run, folder: Path) -> None:
     """The adapter, or the whole model where its weights have changed."""
     if isinstance(run.model, PeftModel):
-        # not somebody's cache folder
+        # the portable name, not a local cache path
         run.model.peft_config["default"].base_model_name_or_path = run.lm.name
         run.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
         return

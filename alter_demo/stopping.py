@@ -18,7 +18,7 @@ from .models.generation import greedy
 from .models.loading import LM, load_model
 from .models.scoring import answer_likelihood
 
-LIVE_TOKENS = 24  # of a live answer
+LIVE_TOKENS = 24  # maximum length of a live answer
 ALL_STEPS = "all steps done"
 TARGET_REACHED = "the probe reached its target"
 BY_HAND = "stopped by hand"
@@ -75,7 +75,7 @@ class Probe:
 
 @contextmanager
 def evaluation_mode(model, lm: LM, mixed: bool):
-    """In the midst of training: evaluation mode, routes by the router, autocast if `mixed`."""
+    """During training: evaluation mode, routes by the router, autocast if `mixed`."""
     state = routing_state(model) if has_router(model) else None
     plan = state and state.plan
     if state:
@@ -92,7 +92,7 @@ def evaluation_mode(model, lm: LM, mixed: bool):
 
 
 class StoppingRule(TrainerCallback):
-    """Keeps the history, measures the probe, and ends the training when that is enough.
+    """Keeps the history, measures the probe, and stops the training when the target is reached.
 
     Args:
         measure: step -> value of the probe.

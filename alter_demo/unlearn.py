@@ -4,7 +4,7 @@ Phase one runs the frozen model over every sample once: entropies, sub-domains, 
 Phase two trains A, B_r and the forgetting experts, each only where it may learn, until a probe of
 held-out questions has fallen far enough. Baselines go the same way and skip what they do not need.
 
-    unlearn                     what a person calls
+    unlearn                     the entry point
       run_phase_one
         render_samples          data/rendering.py
         frozen_pass             alter/frozen.py      S_q, states, likeliest tokens
@@ -58,7 +58,7 @@ from .run import Run, fit_forget_set
 from .stopping import Probe, StoppingRule, answer_live, evaluation_mode
 
 NEVER_TAUGHT_EXAMPLES = 24
-ALL_FUSED = 1e-12  # threshold below which only tokens certain to the last bit lie
+ALL_FUSED = 1e-12  # practically every token exceeds this threshold
 
 
 @keep_freed_memory()
@@ -73,13 +73,13 @@ def unlearn(
     """Make a model forget. Writes nothing and measures nothing: see `Run.save`, `Run.evaluate`.
 
     Args:
-        model: a name, or an LM. The run uses the LM up: load it anew for the next run.
+        model: a name, or an LM. It is modified in place: load it anew for the next run.
         forget_set: a name, a file, or a ForgetSet.
         experts: A and B of an earlier round to start from (`next_round`).
-        frozen_cache: a dict shared by runs on the same frozen model, which then run the frozen
-            pass once over the samples that they share.
+        frozen_cache: a dict shared by runs on the same frozen model. A run with exactly the same
+            samples, q and feature layer reuses the frozen pass of the last one.
     Raises:
-        UserError: anything that a person can put right.
+        UserError: an error that the user can fix.
     """
     config, callback = config or UnlearnConfig(), CallbackList(callbacks)
     if isinstance(forget_set, str):
@@ -101,14 +101,14 @@ def unlearn(
         reset_peak(lm.device)
         probe = probe_examples, never_taught
         model, rule = run_phase_two(lm, phase_one, forget_set, config, probe, callback, experts)
-    # as if this were the only run: with the frozen pass that an earlier run has paid for
+    # with the frozen pass that an earlier run has paid for, so that costs compare
     seconds = time.perf_counter() - started + sum(f.seconds for f in phase_one.frozen)
     cost = {
         "seconds": {"unlearn": round(seconds, 1), "evaluate": 0.0},
         "training_memory_mb": (peak := peak_mb(lm.device)),  # without the frozen pass
         "peak_memory_mb": peak and max(phase_one_peak, peak),
     }
-    free_memory()  # of the Trainer and its optimizer
+    free_memory()  # the Trainer and its optimizer
     return Run(lm, model, run_record(lm, forget_set, config, phase_one, rule) | cost, forget_set)
 
 
@@ -116,7 +116,7 @@ def check_model(lm: LM, config: UnlearnConfig) -> None:
     """Raises UserError if the model was unlearned before, or if S_q never reaches the threshold."""
     if any(isinstance(m, BaseTunerLayer) for m in lm.model.modules()):
         raise UserError("This model carries an adapter already. Load the model anew.")
-    set_threshold(torch.empty(0), config, lm.model.config.get_text_config().vocab_size)
+    entropy_threshold(torch.empty(0), config, lm.model.config.get_text_config().vocab_size)
 
 
 # --------------------------------------------------------------------------------- phase one
@@ -130,7 +130,7 @@ def render_samples(
     Forget samples get label 1.
     """
     forget = render_examples(lm.tokenizer, forget_set.training_examples)
-    # plain texts stay whole: the gate must see what stays at the length of what goes
+    # plain texts stay whole: with shorter retain texts the gate would learn length
     tokens = None if forget_set.is_plain_text else RETAIN_TOKENS
     retain = render_examples(lm.tokenizer, forget_set.retain, tokens)
     general = render_examples(lm.tokenizer, forget_set.general, RETAIN_TOKENS)
@@ -178,7 +178,9 @@ def run_phase_one(
     return result
 
 
-def set_threshold(entropy: torch.Tensor, config: UnlearnConfig, vocab_size: int) -> float | None:
+def entropy_threshold(
+    entropy: torch.Tensor, config: UnlearnConfig, vocab_size: int
+) -> float | None:
     """S_q above which a token is uncertain; None while "auto" waits for the entropies (n,)."""
     method, adapter = get_method(config.method), config.adapter
     threshold = method.threshold if adapter.threshold is None else adapter.threshold
@@ -203,7 +205,7 @@ def fit_router(
     pairs = zip(frozen, samples, strict=True)
     at_answers = torch.cat([f.entropy[s.start - 1 : -1] for f, s in pairs])
     vocab_size = lm.model.config.get_text_config().vocab_size
-    alter.threshold = set_threshold(at_answers, config, vocab_size)
+    alter.threshold = entropy_threshold(at_answers, config, vocab_size)
     examples = forget_set.training_examples
     examples = [e for e in examples for _ in render(lm.tokenizer, e)]  # one for each sample
     forget_frozen = frozen[: len(result.forget)]
@@ -264,7 +266,7 @@ def run_phase_two(
     """Train until the probe reaches its target, all steps are done, or somebody stops it.
 
     Args:
-        probe_examples: those of the probe, and those that nobody was taught.
+        probe_examples: the probe examples, and examples that were never taught.
     Returns:
         The trained model in evaluation mode, and the StoppingRule with the history.
     """

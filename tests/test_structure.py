@@ -17,7 +17,7 @@ LAYERS = [  # a module imports from its own layer and from those above it in thi
     {"evaluation", "inspection"},
     {"stopping", "record", "run_folder", "run", "unlearn"},
     {"experiments"},
-    {"app", "lessons", "exercises"},
+    {"app", "lessons"},
     {"cli", "__main__"},
 ]
 

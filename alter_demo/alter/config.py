@@ -1,4 +1,4 @@
-"""What decides what an adapter computes; saved as `adapter_config.json`."""
+"""The configuration of an ALTER adapter, saved as `adapter_config.json`."""
 
 from dataclasses import dataclass
 

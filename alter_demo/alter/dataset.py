@@ -50,7 +50,7 @@ def batch_plan(frozen: list[FrozenOutputs], batch: dict, config) -> RoutingPlan:
     """The samples' plans as one left-padded batch of (B, T, ...).
 
     With the two-level gate no expert acts on a retain token, so B_r would never learn. In training
-    the experts act there as they would after a mistake of the gate, and B_r learns to undo it.
+    all forgetting experts act there, by the gate's probabilities, and B_r learns to cancel them.
     """
     length, device = batch["input_ids"].shape[1], batch["input_ids"].device
 

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import UserError
 
-UNCERTAIN_SHARE = 0.25  # of the tokens, for the threshold "auto"
+UNCERTAIN_SHARE = 0.25  # share of tokens above the threshold "auto"
 NEAR_ONE = 0.1  # |q - 1| below which the power sum would cancel
 ROWS = 64  # positions per float32 slice: fits a processor's cache, 3 times faster than 512
 

@@ -21,7 +21,7 @@ BATCH_TOKENS = 4096
 class FrozenOutputs:
     """What the frozen model says about one sample of T tokens, K of which are its answer."""
 
-    hidden: torch.Tensor  # (T, D) state that the gate reads
+    hidden: torch.Tensor | None  # (T, D) state that the gate reads; dropped once it is routed
     entropy: torch.Tensor  # (T,) S_q
     top_ids: torch.Tensor  # (K, TOP) likeliest next tokens at the answer positions
     top_log_p: torch.Tensor  # (K, TOP)
@@ -110,4 +110,4 @@ class PhaseOneResult:
     report: dict  # `phase_one` of metrics.json
     alter: AlterConfig | None = None
     gate: torch.Tensor | None = None  # (1 + N, F + 1)
-    steering_layer: int | None = None  # of RMU
+    steering_layer: int | None = None  # the layer whose states RMU steers

@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from ..data.rendering import Sample
 from .frozen import FrozenOutputs, sample_features
 
-MAX_LEAK = 0.02  # share of retain samples on which the calibrated gate may open anywhere
+MAX_LEAK = 0.02  # share of retain samples above the calibrated threshold
 CALIBRATION_SHARE = 0.25
 FITTED_TOKENS = 100_000  # 1.6 GB of features in a 7B model
 NEVER = -1e4  # bias of a class that must not be chosen
@@ -23,7 +23,7 @@ def fit_gate(
     """Fit the gate by multinomial logistic regression, and calibrate its threshold.
 
     A quarter of the samples stays out of the fit. On them the threshold of the two-level gate is
-    the smallest from 0.5 at which at most 2 % of the retain samples open the gate anywhere. If one
+    the 98 % quantile of the retain samples' maxima, clipped to [0.5, 0.99]. If one
     example gives several samples (the views of a text, two answers to a question), some of them
     may be in the fit and others out of it.
 

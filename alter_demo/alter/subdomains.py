@@ -20,7 +20,7 @@ NEAR_BEST = (
 def find_sub_domains(
     frozen: list[FrozenOutputs], samples: list[Sample], config, n_experts: int | None, seed: int
 ) -> tuple[np.ndarray, dict[int, float]]:
-    """Cluster the forget samples by the context that the gate reads where the answer starts.
+    """Cluster the forget samples by the context that the gate reads where the turn starts.
 
     Returns:
         labels (n,) from 1 to N, and the silhouette of every N tried. The latter is empty if N was

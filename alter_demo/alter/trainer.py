@@ -11,7 +11,7 @@ from .tuner import routing_state
 
 
 class UnlearnTrainer(AnswerTrainer):
-    """Trains by the losses of `method`. Frozen outputs route the samples: no frozen pass any more.
+    """Trains by the losses of `method`. Frozen outputs route the samples: one pass a step.
 
     Args:
         weights: part of the loss -> TrainingConfig field.

@@ -19,7 +19,7 @@ from .routing import RoutingPlan, gate_features, plan_routes
 
 
 class TokenRouter(nn.Module, BaseTunerLayer):
-    """The gate g = softmax(W_g^T x / tau). Phase one fits it; no optimiser trains it."""
+    """The gate g = softmax(W_g^T x / tau). Phase one fits it; no optimizer trains it."""
 
     adapter_layer_names = ("alter_gate",)
     other_param_names = ("configs",)

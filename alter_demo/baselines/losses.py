@@ -73,7 +73,7 @@ def rmu_retain_loss(inputs: LossInputs, config) -> torch.Tensor:
 def elm_loss(inputs: LossInputs, config) -> torch.Tensor:
     """KL to P (P_novice / P_expert)^eta of the frozen model (ELM, Gandikota et al. 2024).
 
-    Phase one stores that target in place of the frozen distribution: `baselines/elm.py`.
+    Phase one stores that target in place of the frozen distribution: `refusals.set_novice_targets`.
     """
     on = inputs.on(FORGET)
     return distillation(inputs.logits[on], inputs.top_ids[on], inputs.top_log_p[on]).mean()

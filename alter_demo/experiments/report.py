@@ -213,7 +213,10 @@ def all_tables(folder: Path = RESULTS) -> dict[str, str]:
         example = json.loads(EXAMPLE.read_text(encoding="utf-8"))
         contents["harry-potter"] = example_markdown(example)
     if {file for file, *_ in tables.SUMMARY.values()} <= results.keys():
-        note = "Medians over the seeds. The best baseline has the highest product of both numbers."
+        note = (
+            "Medians over the seeds. The best baseline has the highest product of forgetting "
+            "(where lower is better: 1 minus the ratio to the target) and utility."
+        )
         contents["summary"] = f"{to_markdown(tables.summary(results))}\n\n{note}"
     return contents
 

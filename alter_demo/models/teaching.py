@@ -69,7 +69,9 @@ def teach(
     model = get_peft_model(lm.model, LoraConfig(r=config.r, lora_alpha=2 * config.r, **lora))
     options = FineTuneConfig(steps, config.batch_size, config.lr, "linear", 10, config.seed)
     fine_tune(model, lm, samples, options, [StepCallback(on_step)] if on_step else [])
-    model.peft_config["default"].base_model_name_or_path = lm.name  # not somebody's cache folder
+    model.peft_config[
+        "default"
+    ].base_model_name_or_path = lm.name  # the portable name, not a local path
     # written beside the folder first, then moved: it is there whole or not at all
     with tempfile.TemporaryDirectory(dir=folder.parent) as parent:
         new = Path(parent) / "new"
