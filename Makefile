@@ -38,7 +38,7 @@ outputs: .venv/.notebooks  ## write the notebooks anew from the .py beside them 
 test: .venv/.dev browser  ## set up and run the whole test suite (about 25 minutes on 2 cores)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 	$(BIN)/python -m pytest -m slow
 
 # the system's browser, for the tests of the page

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
 import json
 import signal
 import socket
@@ -82,6 +83,15 @@ CHAT = (
 def make_model(kind: str, vocab: int = 97, seed: int = 0):
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(CONFIGS[kind](vocab)).eval()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_heap():
+    """Keep what the libraries hold out of each garbage collection: tests take half the time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(params=sorted(CONFIGS))
