@@ -35,7 +35,7 @@ outputs: .venv/.notebooks  ## write the notebooks anew from the .py beside them 
 	cd notebooks && for f in 0*.py; do ../$(BIN)/jupytext --quiet --to ipynb $$f || exit 1; done
 	cd notebooks && ../$(BIN)/jupyter nbconvert --log-level=WARN --to notebook --execute --inplace 0*.ipynb
 
-test: .venv/.dev browser  ## set up and run the whole test suite (about 25 minutes on 2 cores)
+test: .venv/.dev browser  ## set up and run the whole test suite (about 15 minutes on 2 cores)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
