@@ -216,7 +216,7 @@ class Run:
 def fit_forget_set(
     forget_set: ForgetSet, lm: LM, config: DataConfig, callback: Callback
 ) -> tuple[ForgetSet, list[Example]]:
-    """The set as this model knows it, and the probe, which is then in no group of it."""
+    """The set as this model knows it, and the probe, taken out of its groups."""
 
     def progress(done: int, total: int) -> None:
         callback.on_stage("the model's own answers", done / total)

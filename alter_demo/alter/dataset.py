@@ -49,8 +49,9 @@ def draw_groups(
 def batch_plan(frozen: list[FrozenOutputs], batch: dict, config) -> RoutingPlan:
     """The samples' plans as one left-padded batch of (B, T, ...).
 
-    With the two-level gate no expert acts on a retain token, so B_r would never learn. In training
-    all forgetting experts act there, by the gate's probabilities, and B_r learns to cancel them.
+    With the two-level gate hardly any expert acts on a retain token, so B_r would not learn. In
+    training all forgetting experts act there, by the gate's probabilities, and B_r learns to cancel
+    them.
     """
     length, device = batch["input_ids"].shape[1], batch["input_ids"].device
 

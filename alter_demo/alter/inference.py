@@ -1,8 +1,8 @@
 """The adapted forward pass: route every token by the frozen model, then run with the experts.
 
-The route comes from the frozen model alone, so there is one plan per token for all layers. While
-no token of a sequence has met an expert, the adapted model is the frozen model and the second
-pass is skipped.
+The route comes from the frozen model alone, so there is one plan per token for all layers. Until a
+token of the batch meets an expert, the adapted model is the frozen model and the second pass is
+skipped.
 """
 
 from __future__ import annotations

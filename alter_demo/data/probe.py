@@ -1,4 +1,4 @@
-"""The probe: examples that decide when training stops and that no figure reports."""
+"""The probe: examples that decide when training stops, and that no figure reports."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ PROBE_EXAMPLES = 12
 
 
 def split_probe(forget_set: ForgetSet) -> tuple[ForgetSet, list[Example]]:
-    """Take the probe out of the held-out questions: what stops training is never reported."""
+    """Take the probe out of the held-out questions, unless there are fewer than four."""
     if probe := forget_set.probe:
         n = min(PROBE_EXAMPLES, len(probe))
         return forget_set, [probe[k * len(probe) // n] for k in range(n)]
