@@ -116,7 +116,7 @@ def test_a_broken_package_breaks_a_notebook(monkeypatch):
 
 @pytest.fixture(scope="module")
 def max_seconds():
-    """MAX_SECONDS on this machine, by the time of PEFT's LoRA step on it, and twice that at least."""
+    """MAX_SECONDS by the time of a LoRA step on this machine, and at least twice that."""
     seconds, _ = time_steps("smollm2-135m", ("lora",), 3, "cpu", "float32")
     return MAX_SECONDS * max(2.0, seconds["lora"] / LORA_STEP)
 
