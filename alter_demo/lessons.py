@@ -214,7 +214,7 @@ EXERCISES = {
     ),
     "acting_expert": Exercise(
         "Column 0 is B_r, which acts beside the others. If all are 0, nothing acts: return 0.",
-        lambda w: acting_expert(torch.tensor(w), AlterConfig(n_experts=2)).item(),
+        lambda w: acting_expert(torch.tensor(w), AlterConfig(n_experts=2, gate="bank")).item(),
         [([1.0, 0.2, 0.8],), ([1.0, 0.8, 0.2],), ([1.0, 1.0, 0.0],), ([0.0, 0.0, 0.0],)],
     ),
     "answer_probability": Exercise(

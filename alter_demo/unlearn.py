@@ -10,7 +10,8 @@ held-out questions has fallen far enough. Baselines go the same way and skip wha
         frozen_pass             alter/frozen.py      S_q, states, likeliest tokens
         fit_router              alter/entropy.py     the threshold: uncertain or confident
                                 alter/subdomains.py  one expert for each sub-domain
-                                alter/gate.py        where experts act at all
+                                alter/bank_fit.py    where experts act at all (alter/bank.py)
+                                alter/gate.py        which expert acts
         render_refusals         baselines/refusals.py
         plan_samples            alter/routing.py     which way each token goes
       run_phase_two
@@ -29,12 +30,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import set_seed
 
+from .alter.bank import plan_sample
+from .alter.bank_fit import fit_bank_gate
 from .alter.config import AlterConfig
 from .alter.dataset import draw_groups
 from .alter.entropy import entropy_range, resolve_threshold
-from .alter.frozen import PhaseOneResult, empty_outputs, frozen_pass, sample_features
-from .alter.gate import fit_gate, single_expert_gate
-from .alter.routing import plan_routes
+from .alter.frozen import PhaseOneResult, empty_outputs, frozen_pass
+from .alter.gate import NEVER, fit_gate, single_expert_gate
 from .alter.subdomains import find_sub_domains, sample_contexts
 from .alter.trainer import UnlearnTrainer
 from .baselines.methods import WEIGHTS, check_method, get_method
@@ -221,9 +223,12 @@ def fit_router(
     alter.n_experts = 1 if not adapter.router else adapter.n_experts or int(labels.max())
     if not get_method(config.method).uses_entropy:
         alter.top_k = 1 + alter.n_experts
-    result.gate, alter.gate_threshold, gate_report = fit_gate(frozen, samples, alter, seed)
+    if alter.gate == "bank":
+        gate_report = fit_bank_gate(lm, result, samples, forget_set, alter, seed)
+    else:
+        result.gate, gate_report = fit_gate(frozen, samples, alter, seed)
     if not adapter.router:
-        result.gate, alter.gate_threshold = single_expert_gate(result.gate), 0.5
+        result.gate, alter.gate_threshold = single_expert_gate(result.gate), NEVER
     result.alter = alter
     contexts = sample_contexts(forget_frozen, result.forget, alter)
     texts = [e.question or e.answer[:80] for e in examples]
@@ -243,9 +248,7 @@ def plan_samples(result: PhaseOneResult, samples: list[Sample]) -> None:
     """Route every sample, keep the steered states, and drop the states that nobody needs."""
     for frozen, sample in zip(result.frozen, samples, strict=True):
         if result.alter is not None:
-            x = sample_features(frozen, result.alter)[None]
-            mask = torch.ones(1, len(frozen.entropy))
-            frozen.plan = plan_routes(x, frozen.entropy[None], mask, result.gate, result.alter)
+            frozen.plan = plan_sample(frozen, sample, result)
         if result.steering_layer is not None:
             frozen.answer_hidden = frozen.hidden[sample.start - 1 : -1]
         frozen.hidden = None

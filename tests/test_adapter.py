@@ -18,20 +18,22 @@ from alter_demo.models.loading import LM
 GENERATE = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
-def adapted(model, gate="two_level", trained=True, **kwargs):
+def adapted(model, gate="bank", trained=True, **kwargs):
     # S_q of a random model is about 1.79 everywhere: a threshold amid gives both routes
-    model = get_peft_model(
-        model, AlterConfig(n_experts=3, threshold=1.7957, gate=gate, **kwargs)
-    ).eval()
+    options = {"bank_dim": 8, "bank_forget": 5, "bank_retain": 7, "answer_marker": [7, 8]}
+    config = AlterConfig(n_experts=3, threshold=1.7957, gate=gate, **options, **kwargs)
+    model = get_peft_model(model, config).eval()
     if trained:
         torch.manual_seed(5)
         for name, p in model.named_parameters():
             if "alter_B" in name or "alter_gate" in name:
                 torch.nn.init.normal_(p, std=0.3)
+            if "token_weights" in name:
+                p.abs_().add_(3)
     return model
 
 
-@pytest.mark.parametrize("gate", ["two_level", "softmax"])
+@pytest.mark.parametrize("gate", ["bank", "softmax"])
 def test_adapted_equals_base_before_training(any_model, batch, gate):
     base = any_model(**batch).logits
     model = adapted(any_model, gate, trained=False)
@@ -41,7 +43,7 @@ def test_adapted_equals_base_before_training(any_model, batch, gate):
     assert torch.allclose(model(**batch).logits, base, rtol=0, atol=last_bit)
 
 
-@pytest.mark.parametrize("gate", ["two_level", "softmax"])
+@pytest.mark.parametrize("gate", ["bank", "softmax"])
 def test_generation_cached_equals_uncached_and_batched_equals_single(any_model, batch, gate):
     model = adapted(any_model, gate)
     plans = model(**batch).logits, routing_state(model).last_plan
@@ -59,7 +61,7 @@ def test_generation_cached_equals_uncached_and_batched_equals_single(any_model, 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("gate", ["two_level", "softmax"])
+@pytest.mark.parametrize("gate", ["bank", "softmax"])
 def test_a_loop_that_lets_the_model_make_its_cache(any_model, gate):
     model, ids = adapted(any_model, gate), torch.arange(3, 15)[None]
     whole = model(input_ids=ids, use_cache=False).logits
@@ -81,17 +83,18 @@ def test_beams_move_both_caches(any_model, batch):
 
 def test_frozen_answer_is_reused_until_an_expert_acts(batch):
     model = adapted(make_model("llama"))
-    gate = model.get_base_model().token_router.alter_gate["default"]
-    calls = []
+    router, calls = model.get_base_model().token_router, []
     body = model.get_base_model().model
     body.register_forward_hook(lambda *_: calls.append(1))
-    gate.zero_()
-    gate[0, -1] = 50.0  # r everywhere: one pass a token, and the base model's own answer
+    router.config.gate_threshold = 50.0  # shut: one pass a token, and the base model's own answer
     ours = model.generate(**batch, **GENERATE)
     assert len(calls) == 12
     with model.disable_adapter():
         assert torch.equal(ours, model.generate(**batch, **GENERATE))
-    gate[0, -1] = -50.0
+    router.config.gate_threshold = -1e4
+    router.alter_gate_forget["default"].zero_()
+    router.alter_gate_retain["default"].zero_()
+    router.alter_gate["default"].zero_()[0, -1] = -50.0  # not r, in both windows
     calls.clear()
     model.generate(**batch, **GENERATE)
     assert len(calls) == 24
@@ -111,7 +114,7 @@ def test_a_sliding_window_that_nothing_leaves_costs_no_second_pass(tiny):
     assert len(calls) == 6
 
 
-@pytest.mark.parametrize("gate", ["two_level", "softmax"])
+@pytest.mark.parametrize("gate", ["bank", "softmax"])
 def test_save_and_load_give_the_same_logits(any_model, batch, gate, tmp_path):
     fresh = copy.deepcopy(any_model)
     model = adapted(any_model, gate)

@@ -433,7 +433,10 @@ def test_attacks_continue_where_they_stopped(small, tmp_path):
 @pytest.mark.parametrize("name", ["imaginary-authors", "imaginary-authors-rounds", "ablation",
                                   "attacks", "harry-potter-choice"])  # fmt: skip
 def test_stored_results_would_not_run_again(name):
-    """Each run of the file has the key, and the values of its method, that it has today."""
+    """Each run of the file has the key, and the values of its method, that it has today.
+
+    The runs of `alter_selective` are of the gate before the bank, and would run again.
+    """
     path = RESULTS / f"{name}.json"
     results = read_results(path)
     for run in results["runs"]:
@@ -442,4 +445,5 @@ def test_stored_results_would_not_run_again(name):
         grid = Grid(GridConfig(**config), GridOptions(path, **loading), results["type"])
         marks = {k: v for k, v in run["config"]["overrides"].items() if k in MARKS}
         cell = Cell(run["method"], run["seed"], settings_of(run), marks, run.get("round"))
-        assert grid.find(cell) == run
+        old_gate = run["method"] == "alter_selective"
+        assert grid.find(cell) == (None if old_gate else run)

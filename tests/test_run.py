@@ -205,7 +205,7 @@ def test_a_run_loads_in_its_own_precision(tiny, forget_set, tmp_path, dtype):
 def test_what_a_run_falls_short_of_is_told(folder, tiny, forget_set, capsys):
     run = load_run(folder)
     metrics = run.metrics
-    metrics["phase_one"]["router"]["forget_open_at_answer"] = 1.0
+    metrics["phase_one"]["router"] |= {"forget_open_at_answer": 1.0, "retain_open_anywhere": 0.02}
     metrics["stopped"] = "the probe reached its target"
     assert not metrics["held_out"]  # no question of the file is asked in other words
     assert "no paraphrased_question" in shortfalls(metrics)[0]
@@ -215,7 +215,7 @@ def test_what_a_run_falls_short_of_is_told(folder, tiny, forget_set, capsys):
     metrics["stopped"] = "all steps done"
     metrics["config"]["training"]["stop_ratio"] = 0.001
     gate, steps = shortfalls(metrics)
-    assert "opens on only 25% of held-out forget samples" in gate
+    assert "opens on only 25% of the forget samples" in gate
     assert "Use more steps" in steps and "12 of" not in steps
     metrics["phase_one"]["samples"]["forget"] = 20
     assert "used 12 of 20 forget samples" in shortfalls(metrics)[1]
@@ -223,6 +223,8 @@ def test_what_a_run_falls_short_of_is_told(folder, tiny, forget_set, capsys):
     assert shortfalls(metrics)[1] == "Training used 12 of 20 forget samples."
     metrics["phase_one"]["samples"]["retain_given"] = 40
     assert "used 6 of 40 retain samples" in shortfalls(metrics)[2]
+    metrics["phase_one"]["router"]["retain_open_anywhere"] = 0.2
+    assert "opens on 20% of the retain samples" in shortfalls(metrics)[1]
     print_run(run)
     assert "opens on only 25% of" in capsys.readouterr().out.replace("\n", " ")
     published = unlearn(str(tiny), forget_set, quick_config("alter"))
@@ -429,7 +431,7 @@ def test_each_sub_domain_is_seen_by_the_gate(tiny):
         frozen = frozen_pass(lm, samples, alter)
         for label, sample in enumerate(samples[-4:], 1):
             sample.label = label
-        gate, _, report = fit_gate(frozen, samples, alter, seed)
+        gate, report = fit_gate(frozen, samples, alter, seed)
         assert (gate[:, -1] > -1e3).all() and 0 <= report["retain_open_anywhere"] <= 1
 
 

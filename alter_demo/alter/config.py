@@ -42,9 +42,14 @@ class AlterConfig(PeftConfig):
     q: float = option(1.5, "order of the Tsallis entropy")
     threshold: float = option(PUBLISHED_THRESHOLD, "S_q above it: uncertain, route A")
     gate: str = option(
-        "two_level", "first r or not r, or softmax as published", choices=("two_level", "softmax")
+        "softmax", "as published, or a bank of stored prompts", choices=("softmax", "bank")
     )
-    gate_threshold: float = option(0.5, "two_level: P(not r) above which experts act")
+    gate_threshold: float = option(0.0, "bank: score above which experts act")
+    bank_dim: int = option(128, "bank: dimensions of a stored prompt", 1, 4096)
+    bank_forget: int = option(0, "bank: number of stored forget entries")
+    bank_retain: int = option(0, "bank: number of stored retain entries")
+    answer_marker: list[int] = option(None, "bank: token ids with which a prompt ends")
+    end_token: int = option(-1, "bank: token id that ends an answer")
     router_input: str = option(
         "context", "hidden states, or the entropy as published", choices=("context", "entropy")
     )
@@ -59,6 +64,8 @@ class AlterConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        if self.gate == "two_level":
+            raise UserError("This adapter has the gate of version 0.1. Unlearn again to make one.")
         check_ranges(self)
         top = entropy_range(2**31, self.q)
         if not 0 < self.threshold < top:

@@ -49,7 +49,7 @@ def draw_groups(
 def batch_plan(frozen: list[FrozenOutputs], batch: dict, config) -> RoutingPlan:
     """The samples' plans as one left-padded batch of (B, T, ...).
 
-    With the two-level gate hardly any expert acts on a retain token, so B_r would not learn. In
+    With a bank hardly any expert acts on a retain token, so B_r would not learn. In
     training all forgetting experts act there, by the gate's probabilities, and B_r learns to cancel
     them.
     """
@@ -61,7 +61,7 @@ def batch_plan(frozen: list[FrozenOutputs], batch: dict, config) -> RoutingPlan:
         return torch.cat([pad(p, left) for p, left in zip(parts, lefts, strict=True)]).to(device)
 
     plan = RoutingPlan(*map(stack, ("weights", "high_entropy", "entropy", "gate")))
-    if config.gate == "two_level":
+    if config.gate == "bank":
         retain = (batch["label"] == 0)[:, None] & batch["attention_mask"].bool()
         leak = plan.gate.clone()
         leak[..., 0] = 0

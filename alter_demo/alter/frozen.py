@@ -1,7 +1,10 @@
 """The frozen pass of phase one: what the model says about each sample before training."""
 
+from __future__ import annotations
+
 import time
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,6 +14,9 @@ from ..models.loading import LM
 from .config import AlterConfig
 from .entropy import tsallis_entropy
 from .routing import RoutingPlan, gate_features
+
+if TYPE_CHECKING:
+    from .bank import Bank
 
 TOP = 64  # likeliest tokens kept per position for distillation
 FLOAT16_MAX = torch.finfo(torch.float16).max  # states are kept in float16; some models exceed it
@@ -110,4 +116,5 @@ class PhaseOneResult:
     report: dict  # `phase_one` of metrics.json
     alter: AlterConfig | None = None
     gate: torch.Tensor | None = None  # (1 + N, F + 1)
+    bank: Bank | None = None  # what the gate stores, if it is one with a bank
     steering_layer: int | None = None  # the layer whose states RMU steers

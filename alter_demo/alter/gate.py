@@ -1,4 +1,4 @@
-"""The gate: one linear map from token features to {r, f_1..f_N}, fitted in phase one."""
+"""The linear gate: one map from token features to {r, f_1..f_N}, fitted in phase one."""
 
 import warnings
 from itertools import takewhile
@@ -11,29 +11,28 @@ from sklearn.linear_model import LogisticRegression
 from ..data.rendering import Sample
 from .frozen import FrozenOutputs, sample_features
 
-MAX_LEAK = 0.02  # share of retain samples above the calibrated threshold
-CALIBRATION_SHARE = 0.25
+HELD_OUT_SHARE = 0.25  # of the samples
 FITTED_TOKENS = 100_000  # 1.6 GB of features in a 7B model
 NEVER = -1e4  # bias of a class that must not be chosen
 
 
 def fit_gate(
     frozen: list[FrozenOutputs], samples: list[Sample], config, seed: int
-) -> tuple[torch.Tensor, float, dict]:
-    """Fit the gate by multinomial logistic regression, and calibrate its threshold.
+) -> tuple[torch.Tensor, dict]:
+    """Fit the gate by multinomial logistic regression on three quarters of the samples.
 
-    A quarter of the samples stays out of the fit. On them the threshold of the two-level gate is
-    the 98 % quantile of the retain samples' maxima, clipped to [0.5, 0.99]. If one
-    example gives several samples (the views of a text, two answers to a question), some of them
-    may be in the fit and others out of it.
+    If one example gives several samples (the views of a text, two answers to a question), some of
+    them may be in the fit and others out of it.
 
     Returns:
-        gate (1 + N, F + 1), threshold, and a report: the share of held-out forget samples whose
-        gate is open where the answer starts, and of held-out retain samples that open it anywhere.
+        gate (1 + N, F + 1), and a report: the share of the other forget samples that it sends to
+        an expert where the answer starts, and of the other retain samples that it ever does.
     """
     held_out = choose_held_out(samples, seed)
     prefix = common_prefix([s.ids for s in samples])
-    gate = fit_classes(*training_tokens(frozen, samples, held_out, prefix, config), config)
+    gate = fit_classes(
+        *training_tokens(frozen, samples, held_out, prefix, config), config.n_experts
+    )
     at_answer, anywhere = [], []
     for i in np.flatnonzero(held_out):
         outputs, sample = frozen[i], samples[i]
@@ -43,20 +42,15 @@ def fit_gate(
             at_answer.append(not_r[sample.turn - 1].item())
         else:  # the first words of a plain text say too little about it
             anywhere.append(not_r[sample.turn if sample.start == 1 else prefix :].max().item())
-    threshold = 0.5
-    if anywhere:
-        threshold = float(np.clip(np.quantile(anywhere, 1 - MAX_LEAK), 0.5, 0.99))
-    report = {
-        "threshold": round(threshold, 4),
-        "forget_open_at_answer": share_above(at_answer, threshold),
-        "retain_open_anywhere": share_above(anywhere, threshold),
+    return gate, {
+        "forget_open_at_answer": share_above(at_answer, 0.5),
+        "retain_open_anywhere": share_above(anywhere, 0.5),
     }
-    return gate, threshold, report
 
 
 def choose_held_out(samples: list[Sample], seed: int) -> np.ndarray:
     """(n,) bool, a quarter of the samples, but never all samples of a sub-domain."""
-    held_out = np.random.default_rng(seed).random(len(samples)) < CALIBRATION_SHARE
+    held_out = np.random.default_rng(seed).random(len(samples)) < HELD_OUT_SHARE
     labels = np.array([s.label for s in samples])
     for label in set(labels[labels > 0].tolist()):
         members = np.flatnonzero(labels == label)
@@ -82,16 +76,16 @@ def training_tokens(frozen, samples, held_out, prefix: int, config):
     return torch.cat(x).numpy(), np.array(y)
 
 
-def fit_classes(x: np.ndarray, y: np.ndarray, config) -> torch.Tensor:
+def fit_classes(x: np.ndarray, y: np.ndarray, n_experts: int, penalty: float = 0.1):
     """(1 + N, F + 1), the last column is the bias. The fit is convex: it needs no initial guess."""
     with warnings.catch_warnings():
-        # the threshold is calibrated on held-out samples, converged or not
+        # the report says what it does on other samples, converged or not
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model = LogisticRegression(C=0.1, max_iter=100).fit(x, y)
+        model = LogisticRegression(C=penalty, max_iter=100).fit(x, y)
     rows = np.concatenate([model.coef_, model.intercept_[:, None]], 1)
     if len(model.classes_) == 2:
         rows = np.concatenate([-rows / 2, rows / 2])
-    gate = torch.zeros(1 + config.n_experts, x.shape[1] + 1)
+    gate = torch.zeros(1 + n_experts, x.shape[1] + 1)
     gate[:, -1] = NEVER  # a class without a sample is never chosen
     gate[model.classes_] = torch.from_numpy(rows).float()
     return gate

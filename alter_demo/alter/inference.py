@@ -77,7 +77,8 @@ def plan_from(router, out, kwargs: dict, frozen_cache: FrozenCache | None):
         mask = torch.ones(entropy.shape, dtype=torch.long, device=entropy.device)
     hidden = out.hidden_states[router.config.feature_layer]
     carry = frozen_cache and frozen_cache.carry
-    plan, carry = router.plan(hidden, entropy, mask[:, -entropy.shape[1] :], carry)
+    mask, ids = mask[:, -entropy.shape[1] :], kwargs.get("input_ids")
+    plan, carry = router.plan(hidden, entropy, mask, ids, carry)
     if frozen_cache is not None:
         frozen_cache.carry = carry
     return plan

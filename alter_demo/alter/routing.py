@@ -7,8 +7,12 @@ them pass through the shared A.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from .bank import GateScores
 
 
 @dataclass
@@ -18,7 +22,8 @@ class RoutingPlan:
     weights: torch.Tensor  # (B, T, 1 + N) float32, column 0 is B_r; all zero: no expert acts
     high_entropy: torch.Tensor  # (B, T) bool, S_q above the threshold: route A, else route B
     entropy: torch.Tensor  # (B, T) S_q of the frozen model
-    gate: torch.Tensor  # (B, T, 1 + N) probabilities of the gate at temperature 1
+    gate: torch.Tensor  # (B, T, 1 + N) probabilities of the linear gate at temperature 1
+    scores: GateScores | None = None  # why experts act or not, for the gate with a bank
     a_grad_mask: torch.Tensor | None = None  # (B, T) bool, where A may learn
     b_grad_mask: torch.Tensor | None = None  # (B, T, 1 + N) bool, where each expert may learn
 
@@ -42,55 +47,73 @@ class RoutingPlan:
         )
 
 
+def normalized_states(hidden: torch.Tensor) -> torch.Tensor:
+    """States (..., D) in float32, each with mean 0 and variance 1."""
+    return torch.nn.functional.layer_norm(hidden.float(), hidden.shape[-1:])
+
+
+def fading_sums(values, weights, decay: float, carry=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over the tokens so far, in which a token loses the factor `decay` with each step.
+
+    Args:
+        values: (B, T, F); weights: (B, T, 1) of the tokens, 0 for padding.
+        carry: both sums (B, F) and (B, 1) after the tokens before these, for a KV cache.
+    Returns:
+        Sums of weighted values (B, T, F), and of weights (B, T, 1).
+    """
+    length = values.shape[1]
+    steps = torch.arange(length, device=values.device)
+    kernel = (float(decay) ** (steps[:, None] - steps[None]).clamp_min(0)).tril().to(values.dtype)
+    total, weight = kernel @ (values * weights), kernel @ weights  # kernel: (T, T)
+    if carry is not None:
+        fade = (float(decay) ** (steps + 1))[None, :, None].to(values.dtype)
+        total, weight = total + fade * carry[0][:, None], weight + fade * carry[1][:, None]
+    return total, weight
+
+
 def gate_features(hidden, entropy, mask, config, carry=None):
-    """Input of the gate, from frozen states only.
+    """Input of the linear gate, from frozen states only.
 
     Args:
         hidden: (B, T, D); entropy: (B, T); mask: (B, T), 0 for padding.
-        carry: (sum (B, D), weight (B, 1)) over the tokens before these, for a KV cache.
+        carry: see `fading_sums`.
     Returns:
         (B, T, D) the decaying mean of the states up to each token, since one token says too little
         about the topic, or (B, T, 1) the entropy; and the carry after the last token.
     """
     if config.router_input == "entropy":
         return entropy[..., None], None
-    h = torch.nn.functional.layer_norm(hidden.float(), hidden.shape[-1:])
-    m = mask.to(h.dtype)[..., None]
-    length, decay = h.shape[1], config.feature_decay
-    steps = torch.arange(length, device=h.device)
-    kernel = (float(decay) ** (steps[:, None] - steps[None]).clamp_min(0)).tril().to(h.dtype)
-    total, weight = kernel @ (h * m), kernel @ m  # kernel: (T, T)
-    if carry is not None:
-        fade = (float(decay) ** (steps + 1))[None, :, None].to(h.dtype)
-        total, weight = total + fade * carry[0][:, None], weight + fade * carry[1][:, None]
+    h = normalized_states(hidden)
+    total, weight = fading_sums(h, mask.to(h.dtype)[..., None], config.feature_decay, carry)
     return total / weight.clamp_min(1e-6), (total[:, -1], weight[:, -1])
 
 
-def plan_routes(x, entropy, mask, gate, config, force=None) -> RoutingPlan:
+def plan_routes(x, entropy, mask, gate, config, force=None, scores=None) -> RoutingPlan:
     """Turn features into a plan.
 
     `softmax` (published): softmax over r and f_1..f_N at tau 0.8 with top-3 fusion for uncertain
-    tokens, the single likeliest expert for confident ones. `two_level`: a hard decision between
-    r and not r comes first. Where it is not r, Eq. 1 holds with B_r at weight 1, and the forgetting
-    experts share weight 1 in the same way as above. Where it is r, no expert acts.
+    tokens, the single likeliest expert for confident ones. `bank`: a hard decision whether experts
+    act comes first. Where they do, Eq. 1 holds with B_r at weight 1, and the forgetting experts
+    share weight 1 in the same way as above.
 
     Args:
         x: (B, T, F) features; gate: (1 + N, F + 1), the last column is the bias.
         force: "r", or the number of a forgetting expert, sends every token that way.
+        scores: GateScores with the decision, for `bank`.
     """
     z = x.float() @ gate[:, :-1].T + gate[:, -1]
-    p = z.softmax(-1)
     high_entropy = (entropy > config.threshold) & mask.bool()
     first = 0 if config.gate == "softmax" else 1
-    w = torch.zeros_like(p)
+    w = torch.zeros_like(z)
     w[..., first:] = fuse_experts(z[..., first:], high_entropy, config)
-    if config.gate == "two_level":
+    if config.gate == "bank":
         w[..., 0] = 1.0
-        w = w * ((1 - p[..., :1]) > config.gate_threshold)
+        w = w * scores.opened[..., None]
     if force is not None:
         w = torch.zeros_like(w)
         w[..., 0 if force == "r" else int(force)] = 1.0
-    return RoutingPlan(w * mask[..., None].bool(), high_entropy, entropy, p)
+    weights = w * mask[..., None].bool()
+    return RoutingPlan(weights, high_entropy, entropy, z.softmax(-1), scores)
 
 
 def fuse_experts(z, high_entropy, config) -> torch.Tensor:
@@ -105,8 +128,8 @@ def fuse_experts(z, high_entropy, config) -> torch.Tensor:
 def acting_expert(weights: torch.Tensor, config) -> torch.Tensor:
     """The expert that each token is sent to, (..., 1 + N) to (...): 0 where none or B_r acts.
 
-    With the two-level gate B_r acts beside the forgetting experts, so the likeliest of those
+    With a bank B_r acts beside the forgetting experts, so the likeliest of those
     counts.
     """
-    first = 1 if config.gate == "two_level" else 0
+    first = 1 if config.gate == "bank" else 0
     return torch.where(weights[..., 1:].any(-1), weights[..., first:].argmax(-1) + first, 0)

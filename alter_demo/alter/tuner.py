@@ -12,6 +12,7 @@ from peft.utils import PeftType, register_peft_method
 from torch import nn
 
 from ..errors import UserError
+from .bank import BANK_PARTS, Bank, FrozenTokens, plan_by_bank
 from .config import AlterConfig
 from .experts import AlterLinear, RoutingState
 from .inference import routed_forward
@@ -19,24 +20,48 @@ from .routing import RoutingPlan, gate_features, plan_routes
 
 
 class TokenRouter(nn.Module, BaseTunerLayer):
-    """The gate g = softmax(W_g^T x / tau). Phase one fits it; no optimizer trains it."""
+    """The gate g = softmax(W_g^T x / tau), and its bank of stored prompts if there is one.
 
-    adapter_layer_names = ("alter_gate",)
+    Phase one fits both; no optimizer trains them.
+    """
+
+    adapter_layer_names = ("alter_gate", *(f"alter_gate_{part}" for part in BANK_PARTS))
     other_param_names = ("configs",)
 
     def __init__(self, state: RoutingState):
         super().__init__()
-        self.alter_gate = nn.ParameterDict()  # adapter -> (1 + N, F + 1), last column: bias
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
         self.configs: dict[str, AlterConfig] = {}
         self.state = state
         self._disable_adapters = False
         self.merged_adapters = []
 
-    def add(self, adapter_name: str, config: AlterConfig, hidden_size: int, device) -> None:
-        size = 1 if config.router_input == "entropy" else hidden_size
-        gate = torch.zeros(1 + config.n_experts, size + 1, device=device)
-        self.alter_gate[adapter_name] = nn.Parameter(gate, requires_grad=False)
+    def add(self, adapter_name: str, config: AlterConfig, base_config, device) -> None:
+        """Zeros in the shapes that the config gives, for one adapter."""
+        hidden, parts = base_config.hidden_size, {}
+        size = 1 if config.router_input == "entropy" else hidden
+        if config.gate == "bank":
+            size = config.bank_dim
+            parts = {"token_weights": (base_config.vocab_size,), "projection": (size, hidden + 1),
+                     "forget": (config.bank_forget, size),
+                     "retain": (config.bank_retain, size)}  # fmt: skip
+        shapes = {"alter_gate": (1 + config.n_experts, size + 1)}  # last column: bias
+        for name, shape in (shapes | {f"alter_gate_{k}": v for k, v in parts.items()}).items():
+            zeros = torch.zeros(shape, device=device)
+            getattr(self, name)[adapter_name] = nn.Parameter(zeros, requires_grad=False)
         self.configs[adapter_name] = config
+
+    def fill(self, adapter_name: str, gate: torch.Tensor, bank: Bank | None) -> None:
+        """Set what phase one has fitted."""
+        self.alter_gate[adapter_name].data.copy_(gate)
+        for part in BANK_PARTS if bank else ():
+            getattr(self, f"alter_gate_{part}")[adapter_name].data.copy_(getattr(bank, part))
+
+    def bank(self) -> Bank:
+        """The bank of the active adapter."""
+        name = self.active_adapters[0]
+        return Bank(*(getattr(self, f"alter_gate_{part}")[name] for part in BANK_PARTS))
 
     def set_adapter(self, adapter_names, inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=True)
@@ -49,14 +74,21 @@ class TokenRouter(nn.Module, BaseTunerLayer):
         return self.configs[self.active_adapters[0]]
 
     def plan(
-        self, hidden: torch.Tensor, entropy: torch.Tensor, mask: torch.Tensor, carry=None
+        self, hidden: torch.Tensor, entropy: torch.Tensor, mask: torch.Tensor, ids, carry=None
     ) -> tuple[RoutingPlan, tuple | None]:
-        """Plan of every token from frozen states (B, T, D), S_q (B, T) and the mask (B, T).
+        """The plan of every token, and the context that the next tokens go on from.
 
-        `carry` and the second value: see `gate_features`.
+        Args:
+            hidden: (B, T, D) frozen states; entropy: (B, T) S_q; mask: (B, T), 0 for padding.
+            ids: (B, T) token ids, or None. A bank then weighs all tokens alike and takes the text
+                for running text.
+            carry: the context after the tokens before these, for a KV cache.
         """
-        x, carry = gate_features(hidden, entropy, mask, self.config, carry)
         gate = self.alter_gate[self.active_adapters[0]]
+        if self.config.gate == "bank":
+            tokens = FrozenTokens(hidden, entropy, mask, ids)
+            return plan_by_bank(self.bank(), gate, self.config, tokens, self.state.force, carry)
+        x, carry = gate_features(hidden, entropy, mask, self.config, carry)
         return plan_routes(x, entropy, mask, gate, self.config, self.state.force), carry
 
 
@@ -84,8 +116,8 @@ class AlterModel(BaseTuner):
         router = model.token_router
         for name, config in self.peft_config.items():
             if name not in router.configs:
-                size = model.config.get_text_config().hidden_size
-                router.add(name, config, size, next(model.parameters()).device)
+                text_config = model.config.get_text_config()
+                router.add(name, config, text_config, next(model.parameters()).device)
         router.set_adapter(self.active_adapters)
 
     def _create_and_replace(

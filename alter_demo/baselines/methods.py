@@ -36,7 +36,7 @@ class Method:
     trains: str  # "full", "mlp", "lora" or "alter"
     source: str
     training: dict = field(default_factory=dict)  # TrainingConfig values
-    adapter: dict = field(default_factory=dict)  # AlterConfig values
+    gate: str = "softmax"  # of ALTER's adapter: "softmax" as published, or "bank"
     threshold: float | str = "auto"
     uses_entropy: bool = True  # False: no threshold, no isolation, all experts fused everywhere
     plain_text_training: dict = field(default_factory=dict)  # TrainingConfig values for plain texts
@@ -112,19 +112,19 @@ METHODS: dict[str, Method] = {
         {"forget": "inverted_hinge_mean", "retain": "retain_loss"},
         "alter", "Tian et al. 2024 (HydraLoRA); IHL of Cha et al. 2025",
         {"max_steps": 60, "probe_every": 3, "retain_loss": "nll", "lr_a": 1e-3, "lr_b": 5e-4},
-        {"gate": "softmax"}, uses_entropy=False,
+        "softmax", uses_entropy=False,
     ),
     # as published: softmax gate, fixed threshold, experts act everywhere, B_r learns by NLL
     "alter": Method(
         {"forget": "entropy_guided_loss", "retain": "retain_loss", "structure": "structure_loss"},
         "alter", "Chen et al. 2026", {"retain_loss": "nll", "forget_end_of_turn": True},
-        {"gate": "softmax"}, threshold=PUBLISHED_THRESHOLD,
+        "softmax", threshold=PUBLISHED_THRESHOLD,
     ),
-    # calibrated two-level gate, distillation, threshold from the data, refusals
+    # a gate with a bank, distillation, threshold from the data, refusals
     "alter_selective": Method(
         {"forget": "entropy_guided_loss", "refusal": "progressive_refusal_loss",
          "retain": "retain_loss", "structure": "structure_loss"},
-        "alter", "this project", {"refusal_weight": 3.0, "lr_b": 2e-3}, {"gate": "two_level"},
+        "alter", "this project", {"refusal_weight": 3.0, "lr_b": 2e-3}, "bank",
         refusals="any",
         # a text is gone long before the answers to questions about it, and by then B_r has more
         # to put right

@@ -82,8 +82,8 @@ class AlterAdapter(LoraAdapter):
             raise UserError(
                 f"{lm.name} has no layers named as `layers={layers}` expects. Use layers=all."
             ) from None
-        gate = model.get_base_model().token_router.alter_gate["default"]
-        gate.data.copy_(phase_one.gate)
+        router = model.get_base_model().token_router
+        router.fill("default", phase_one.gate, phase_one.bank)
         for name, old in (experts or {}).items():
             # all of A; of the B's those that were there, new ones stay at zero
             model.get_parameter(name).data[: len(old)] = old
@@ -112,16 +112,22 @@ def cast_parameters(model, dtype: torch.dtype):
 
 def initial_alter_config(lm: LM, config, layer: int | None) -> AlterConfig:
     """The AlterConfig before the threshold and the number of experts are known."""
-    layers = lm.model.config.get_text_config().num_hidden_layers
-    adapter = config.adapter
+    text_config, adapter = lm.model.config.get_text_config(), config.adapter
+    layers = text_config.num_hidden_layers
+    gate = get_method(config.method).gate
+    if adapter.router_input == "entropy":
+        gate = "softmax"  # a bank stores contexts
+    if gate == "bank":
+        layer = max(1, round(layers / 5))  # low: what a prompt asks about, before it is answered
     return AlterConfig(
+        gate=gate,
+        bank_dim=min(AlterConfig.bank_dim, text_config.hidden_size),
         r=adapter.r,
         q=adapter.q,
         threshold=1e-6,
         router_input=adapter.router_input,
         task_type="CAUSAL_LM",
         feature_layer=layer or round(layers * 5 / 6),
-        **get_method(config.method).adapter,
         **layer_selection(adapter.layers, layers),
     )
 

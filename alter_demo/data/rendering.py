@@ -46,16 +46,25 @@ def render_examples(tokenizer, examples: list[Example], tokens: int | None = Non
     return [replace(s, ids=s.ids[: s.start + tokens]) for s in samples] if tokens else samples
 
 
-def render_prompt(tokenizer, question: str) -> list[int]:
-    """The token ids of a question up to where the answer starts."""
-    return prompt_ids(tokenizer, prompt_text(tokenizer, question))
+def render_prompt(tokenizer, question: str, turns=()) -> list[int]:
+    """The token ids of a question, after `turns`, up to where the answer starts."""
+    return prompt_ids(tokenizer, prompt_text(tokenizer, question, turns))
 
 
-def prompt_text(tokenizer, question: str) -> str:
-    """The question in the chat template, or in a plain form if the tokenizer has none."""
+def prompt_text(tokenizer, question: str, turns=()) -> str:
+    """The question in the chat template, or in a plain form if the tokenizer has none.
+
+    `turns`: pairs of a question and an answer that came before.
+    """
     if not tokenizer.chat_template:
-        return f"Question: {question}\nAnswer:"
-    chat = [{"role": "user", "content": question}]
+        before = "".join(f"Question: {q}\nAnswer: {a}\n" for q, a in turns)
+        return f"{before}Question: {question}\nAnswer:"
+    chat = [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    chat.append({"role": "user", "content": question})
     options = {"tokenize": False, "add_generation_prompt": True, "date_string": DATE}
     return tokenizer.apply_chat_template(chat, **options)
 

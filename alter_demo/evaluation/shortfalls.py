@@ -1,6 +1,7 @@
 """Warnings about a run: what its figures do not show."""
 
-OPEN_GATE = 0.8  # share of held-out forget samples below which the gate opens too rarely
+OPEN_GATE = 0.8  # share of stored forget prompts below which the gate opens too rarely
+LEAK = 0.05  # share of retain samples above which it opens too often
 NO_TARGET = 1e-6  # stop_ratio of plain texts: they train for all steps
 
 
@@ -8,14 +9,19 @@ def shortfalls(metrics: dict) -> list[str]:
     """One warning per weakness of a run, from its metrics.json; [] if there is none."""
     phase_one, config, warnings = metrics["phase_one"], metrics["config"], []
     samples = phase_one.get("samples", {})
-    opened = phase_one.get("router", {}).get("forget_open_at_answer")
-    gate = config["alter"].get("gate")
-    if gate == "two_level" and opened is not None and opened < OPEN_GATE:
-        warnings.append(
-            f"The gate opens on only {opened:.0%} of held-out forget samples. Where it stays "
-            "closed, nothing is forgotten: what to keep is too similar to what to forget. Method "
-            "alter acts on every token, but also changes everything else."
-        )
+    router = phase_one.get("router", {})
+    if config["alter"].get("gate") == "bank":
+        if (opened := router.get("forget_open_at_answer", 1.0)) < OPEN_GATE:
+            warnings.append(
+                f"The gate opens on only {opened:.0%} of the forget samples. Where it stays "
+                "closed, nothing is forgotten: what to keep is too similar to what to forget. "
+                "Method alter acts on every token, but also changes everything else."
+            )
+        if (opened := router.get("retain_open_anywhere", 0.0)) > LEAK:
+            warnings.append(
+                f"The gate opens on {opened:.0%} of the retain samples: they are too similar to "
+                "what to forget. Add more retain examples of their kind."
+            )
     if metrics["stopped"] == "all steps done":
         sentences = []
         if config["training"]["stop_ratio"] > NO_TARGET:

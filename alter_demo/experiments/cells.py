@@ -196,7 +196,7 @@ class Grid:
         if cell.method not in METHODS:
             return {}
         config, method = self.config_of(cell), METHODS[cell.method]
-        adapter = asdict(config.adapter) | method.adapter
+        adapter = asdict(config.adapter) | {"gate": method.gate}
         adapter["threshold"] = config.adapter.threshold or method.threshold
         parts = {"training": asdict(config.training), "data": asdict(config.data)}
         return parts | {"adapter": adapter}

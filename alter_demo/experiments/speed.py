@@ -29,6 +29,7 @@ from ..models.memory import peak_mb, require_memory, reset_peak
 from .results import add_result
 
 BATCH, TOKENS, ANSWER, EXPERTS, RANK = 8, 96, 32, 3, 8
+STORED = 2000  # entries in each half of the gate's bank
 NEW_TOKENS = 24  # of a generated answer
 WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
 WIDE |= {"num_attention_heads": 32, "num_key_value_heads": 8}
@@ -201,8 +202,11 @@ def generation_speed(lm: loading.LM, rounds: int) -> dict[str, float]:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
     inputs["generation_config"] = GenerationConfig(**length, do_sample=False, pad_token_id=0)
-    model = get_peft_model(lm.model, AlterConfig(n_experts=EXPERTS, task_type="CAUSAL_LM")).eval()
+    sizes = {"bank_forget": STORED, "bank_retain": STORED}
+    config = AlterConfig(n_experts=EXPERTS, gate="bank", task_type="CAUSAL_LM", **sizes)
+    model = get_peft_model(lm.model, config).eval()
     router = model.get_base_model().token_router
+    router.alter_gate_token_weights["default"].fill_(1.0)
 
     def generate(force, bias):
         router.state.force = force

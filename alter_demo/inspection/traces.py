@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..alter import PUBLISHED_THRESHOLD
+from ..alter.bank import GateScores
 from ..alter.entropy import tsallis_entropy
 from ..alter.routing import RoutingPlan, acting_expert
 from ..data.rendering import render_prompt
@@ -41,6 +42,7 @@ class TokenTrace:
     top_after: list[tuple[str, float]]
     change: float  # total variation between both next-token distributions, in [0, 1]
     in_question: bool = False
+    gate: dict[str, float] | None = None  # of a gate with a bank, see `gate_reasons`
 
 
 @torch.no_grad()
@@ -64,6 +66,7 @@ def trace_tokens(run, text: str, question: str | None = None) -> list[TokenTrace
     else:
         entropy, threshold = tsallis_entropy(before, DEFAULT_Q), PUBLISHED_THRESHOLD
         experts, weights = [0] * len(ids), [[]] * len(ids)
+    reasons = gate_reasons(plan.scores) if plan and plan.scores else [None] * len(ids)
     entropies = torch.stack([tsallis_entropy(before, order) for order in QS], -1)  # (T, |QS|)
     log_probs, top, change = compare_logits(before, after, batch[0], tokenizer)
     special_ids, user_spans = set(tokenizer.all_special_ids), text_spans(rendered, text, question)
@@ -89,9 +92,29 @@ def trace_tokens(run, text: str, question: str | None = None) -> list[TokenTrace
                 top_after=top[1][t],
                 change=change[t],
                 in_question=question is not None and end <= user_spans[0][1],
+                gate=reasons[t],
             )
         )
     return traces
+
+
+def gate_reasons(scores: GateScores) -> list[dict[str, float]]:
+    """Why the gate is open or shut at each token of one text.
+
+    {"score", "fast" (the window of the last few tokens), "topic" (log odds), "forget" and "retain"
+    (number of the nearest stored prompt), "forget_similarity", "retain_similarity"}.
+    """
+    columns = {
+        "score": scores.score,
+        "fast": scores.fast,
+        "topic": scores.topic,
+        "forget": scores.forget_index,
+        "forget_similarity": scores.forget_similarity,
+        "retain": scores.retain_index,
+        "retain_similarity": scores.retain_similarity,
+    }
+    rows = zip(*(values[0].tolist() for values in columns.values()), strict=True)
+    return [{k: round(v, 4) for k, v in zip(columns, row, strict=True)} for row in rows]
 
 
 def predict(run, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, RoutingPlan | None]:
@@ -106,7 +129,7 @@ def predict(run, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Routi
         config = run.router.config
         entropy = tsallis_entropy(out.logits, config.q)
         hidden = out.hidden_states[config.feature_layer]
-        plan, _ = run.router.plan(hidden, entropy, torch.ones_like(batch))
+        plan, _ = run.router.plan(hidden, entropy, torch.ones_like(batch), batch)
     with run.follow_plan(plan) as model:
         after = model(input_ids=batch, use_cache=False).logits[0]
     return out.logits[0], after, plan

@@ -47,6 +47,7 @@ def token_data(trace: TokenTrace, extra: int | None) -> dict:
         "tb": [[token, round(p, 4)] for token, p in trace.top],
         "ta": [[token, round(p, 4)] for token, p in trace.top_after],
         "c": round(trace.change, 4),
+        "g": trace.gate,
     }
 
 

@@ -168,6 +168,11 @@ function drawXray(root, data) {
       `change of the next-token distribution ${number(token.c, 2)}`,
     ];
     make("span", line, `  ${facts.join(", ")}`);
+    if (token.g) {
+      const near = (side) => `${side} prompt ${token.g[side]} (${number(token.g[`${side}_similarity`], 2)})`;
+      make("p", detail, `Gate: score ${number(token.g.score, 2)}, topic ${number(token.g.topic, 2)}, `
+        + `nearest stored ${near("forget")}, ${near("retain")}`);
+    }
     for (const [side, top] of [["before", token.tb], ["after", token.ta]]) {
       const row = make("p", detail, `Next token ${side}: `);
       top.forEach(([candidate, p], i) =>

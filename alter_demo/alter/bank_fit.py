@@ -1,0 +1,196 @@
+"""Fit the bank of prompts, its projection, the topic score and the threshold, in phase one."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+from sklearn.metrics import log_loss
+from sklearn.model_selection import StratifiedGroupKFold
+from torch.nn.functional import normalize
+
+from ..data.rendering import Sample, render, render_prompt
+from ..data.schema import ForgetSet
+from ..models.loading import LM
+from .bank import (
+    MIN_EVIDENCE,
+    SHUT,
+    Bank,
+    apply_gate,
+    combine,
+    nearest,
+    topic_log_odds,
+    window_contexts,
+)
+from .frozen import FrozenOutputs, PhaseOneResult, frozen_pass
+from .gate import common_prefix, fit_classes
+
+MAX_LEAK = 0.02  # share of retain samples that open the calibrated gate
+PASSAGE = 16  # tokens between two stored entries of a plain text
+TOPIC_TOKENS = 40_000  # contexts that the topic score is fitted on
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # C of the logistic regression
+FOLDS = 3
+MARGIN = 1e-3  # of the threshold below the lowest stored prompt that must open the gate
+
+
+def fit_bank_gate(
+    lm: LM, result: PhaseOneResult, samples: list[Sample], forget_set: ForgetSet, alter, seed: int
+) -> dict:
+    """The gate with a bank, into `result` and `alter`; returns its report."""
+    tokenizer = lm.tokenizer
+    examples = [e for e in forget_set.training_examples for _ in render(tokenizer, e)]
+    label_of = {e.question: s.label for e, s in zip(examples, result.forget, strict=True)}
+    stored = []  # other wordings, which are stored but not trained on
+    for example in [*forget_set.training_examples, *forget_set.retain]:
+        for question in example.rewordings:
+            sample = render(tokenizer, replace(example, question=question, answer=""))[0]
+            sample.label = label_of.get(example.question, 0)
+            stored.append(sample)
+    stored = list({tuple(s.ids): s for s in stored}.values())
+    frozen = [*result.frozen, *frozen_pass(lm, stored, alter)]
+    vocab_size = lm.model.config.get_text_config().vocab_size
+    fit = fit_bank(frozen, [*samples, *stored], alter, vocab_size, seed)
+    result.bank, result.gate, alter.gate_threshold, report = fit
+    alter.bank_forget, alter.bank_retain = len(result.bank.forget), len(result.bank.retain)
+    alter.answer_marker = answer_marker(tokenizer)
+    alter.end_token = tokenizer.eos_token_id
+    return report
+
+
+def fit_bank(
+    frozen: list[FrozenOutputs], samples: list[Sample], config, vocab_size: int, seed: int
+) -> tuple[Bank, torch.Tensor, float, dict]:
+    """Fit the bank, the linear gate on its contexts, and the threshold.
+
+    The threshold is the 98 % quantile of the retain samples' highest scores, each without its own
+    entries and with a topic score that was fitted without it.
+
+    Args:
+        samples: label 0 for what stays, d for sub-domain d.
+    Returns:
+        The bank, gate (1 + N, P + 1), threshold, and a report: the shares of forget and of retain
+        samples that open the gate.
+    """
+    prefix = common_prefix([s.ids for s in samples])
+    labels = np.array([s.label for s in samples])
+    keys = [tuple(s.ids[: s.turn] if s.start > 1 else s.ids) for s in samples]
+    groups = np.unique([str(k) for k in keys], return_inverse=True)[1]
+    weights = token_weights([s for s in samples if not s.label], vocab_size)
+    identity = torch.eye(frozen[0].hidden.shape[-1])
+    raw = Bank(weights, torch.cat([identity, torch.zeros(len(identity), 1)], 1), *[identity] * 2)
+    contexts, evidence = [], []
+    for outputs, sample in zip(frozen, samples, strict=True):
+        ids = torch.tensor([sample.ids])
+        context, weight, _ = window_contexts(raw, outputs.hidden[None], ids, torch.ones_like(ids))
+        contexts.append(context[0, 0])  # (T, D)
+        evidence.append(weight[0])
+    positions = [entry_positions(s, prefix) for s in samples]
+    first = {g: i for i, g in reversed(list(enumerate(groups)))}  # a prompt is stored once
+    stored = [i for i in range(len(samples)) if first[groups[i]] == i]
+    rows = {f: [(i, t) for i in stored if bool(labels[i]) == f for t in positions[i]]
+            for f in (False, True)}  # fmt: skip
+    entries = {f: torch.stack([contexts[i][t] for i, t in rows[f]]) for f in rows}
+    projection = whitening(torch.cat([entries[False], entries[True]]), config.bank_dim)
+    project = lambda x: x @ projection[:, :-1].T + projection[:, -1]  # noqa: E731
+    forget, retain = (normalize(project(entries[f]), dim=-1) for f in (True, False))
+    bank = Bank(weights, projection, forget, retain)
+    contexts = [project(c) for c in contexts]
+    gate, topics = fit_topic(contexts, labels, groups, prefix, config.n_experts, seed)
+    owners = torch.tensor([groups[i] for i, _ in rows[False]])
+    peaks = []
+    for i, (x, topic) in enumerate(zip(contexts, topics, strict=True)):
+        others = bank.retain[owners != groups[i]]
+        score = combine(nearest(x, bank.forget)[0], nearest(x, others)[0], topic)
+        # the whole sample if it must stay; up to the answer if it must open there
+        seen = evidence[i] >= MIN_EVIDENCE
+        last = samples[i].turn if labels[i] and samples[i].start > 1 else len(x)
+        peaks.append(torch.where(seen, score, SHUT)[:last].max().item())
+    peaks = np.array(peaks)
+    of_forget, of_retain = peaks[labels > 0], peaks[labels == 0]
+    # a stored prompt opens the gate, even if some sample that stays comes as near as it
+    stored_low = (
+        np.quantile(of_forget[of_forget > SHUT], MAX_LEAK) if (of_forget > SHUT).any() else 0
+    )
+    threshold = float(min(np.quantile(of_retain, 1 - MAX_LEAK), stored_low - MARGIN))
+    report = {
+        "threshold": round(threshold, 4),
+        "stored": [len(forget), len(retain)],
+        "forget_open_at_answer": float((of_forget > threshold).mean()),
+        "retain_open_anywhere": float((of_retain > threshold).mean()),
+    }
+    return bank, gate, threshold, report
+
+
+def token_weights(samples: list[Sample], vocab_size: int) -> torch.Tensor:
+    """(V,) inverse document frequency over what stays: 0 for a token of every sample, 1 if new.
+
+    The forget set takes no part, so the weights tell nothing about its words.
+    """
+    count = torch.zeros(vocab_size)
+    for sample in samples:
+        count[list(set(sample.ids))] += 1
+    return 1 - (count + 1).log() / math.log(len(samples) + 1)
+
+
+def entry_positions(sample: Sample, prefix: int) -> list[int]:
+    """Where contexts are stored: after two thirds and at the end of a question, along a text."""
+    if sample.start == 1:
+        last = len(sample.ids) - 1
+        return [*range(PASSAGE - 1, last, PASSAGE), last]
+    start = min(prefix, sample.turn - 1)
+    return [start + 2 * (sample.turn - 1 - start) // 3, sample.turn - 1]
+
+
+def whitening(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """(P, D + 1) projection of (n, D) on its first `dim` principal components, scaled to 1."""
+    mean = x.mean(0)
+    _, s, v = torch.linalg.svd(x - mean, full_matrices=False)
+    deviation = s / len(x) ** 0.5
+    rows = v[:dim] / (deviation[:dim, None] + 1e-4 * deviation[0] + 1e-8)
+    missing = dim - len(rows)  # fewer samples than dimensions
+    rows = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])])
+    return torch.cat([rows, -(rows @ mean)[:, None]], 1)
+
+
+def fit_topic(contexts, labels: np.ndarray, groups: np.ndarray, prefix: int, n_experts: int, seed):
+    """The linear gate, and every token's topic score from a fit without its sample.
+
+    The penalty is the one that predicts other samples best. Where what goes and what stays are of
+    one kind, that is a strong one, and the topic score says little.
+    """
+    spans = [range(min(prefix + 2, len(c) - 1), len(c)) for c in contexts]
+    every = 1 + sum(map(len, spans)) // TOPIC_TOKENS
+    picks = [(i, t) for i, span in enumerate(spans) for t in span[::every]]
+    index = np.array([i for i, _ in picks])
+    x, y = torch.stack([contexts[i][t] for i, t in picks]).numpy(), labels[index]
+    parts = [len(set(groups[part])) for part in (labels > 0, labels == 0)]
+    penalty, topics = PENALTIES[0], {}
+    if min(*parts) >= 2:
+        folds = StratifiedGroupKFold(min(FOLDS, *parts), shuffle=True, random_state=seed)
+        folds = list(folds.split(x, y > 0, groups[index]))
+        fits = {c: [fit_classes(x[train], y[train], n_experts, c) for train, _ in folds]
+                for c in PENALTIES}  # fmt: skip
+
+        def loss(c: float) -> float:
+            tests = [(gate, test) for gate, (_, test) in zip(fits[c], folds, strict=True)]
+            return sum(log_loss(y[t] > 0, topic_p(x[t], g), labels=[0, 1]) for g, t in tests)
+
+        penalty = min(PENALTIES, key=loss)
+        for gate, (_, test) in zip(fits[penalty], folds, strict=True):
+            topics |= {i: topic_log_odds(apply_gate(contexts[i], gate)) for i in set(index[test])}
+    gate = fit_classes(x, y, n_experts, penalty)
+    rest = range(len(contexts))
+    return gate, [topics[i] if i in topics else topic_log_odds(apply_gate(contexts[i], gate))
+                  for i in rest]  # fmt: skip
+
+
+def topic_p(x: np.ndarray, gate: torch.Tensor) -> np.ndarray:
+    """Probability of "not r" for contexts (n, P)."""
+    return topic_log_odds(apply_gate(torch.from_numpy(x), gate)).double().sigmoid().numpy()
+
+
+def answer_marker(tokenizer) -> list[int]:
+    """The token ids that every prompt ends with: what tells the gate that an answer starts."""
+    one, other = (render_prompt(tokenizer, q)[::-1] for q in ("Who?", "Yes, it is 1"))
+    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
+    return one[:same][::-1]

@@ -1,0 +1,204 @@
+"""The gate with a bank: when it opens and closes, what the fit stores, and the `gate` command."""
+
+import json
+
+import pytest
+import torch
+from conftest import OWN_FORGET, OWN_RETAIN, quick_config
+
+from alter_demo.alter import bank_fit
+from alter_demo.alter.bank import (
+    MIN_EVIDENCE,
+    SHUT,
+    Bank,
+    FrozenTokens,
+    GateScores,
+    decide,
+    gate_scores,
+    plan_by_bank,
+    window_contexts,
+)
+from alter_demo.alter.config import AlterConfig
+from alter_demo.callbacks import CallbackList
+from alter_demo.cli.main import main
+from alter_demo.data.rendering import render
+from alter_demo.errors import UserError
+from alter_demo.experiments.gate import fitted_gate, open_rates, read_prompts, score_prompts
+from alter_demo.models.loading import load_model
+from alter_demo.unlearn import unlearn
+
+M, END, OTHER = 90, 91, 5  # the marker's last token, the end of turn, any other token
+CONFIG = AlterConfig(gate="bank", answer_marker=[89, M], end_token=END, gate_threshold=0.0)
+
+
+def scores_of(slow, fast=None):
+    slow = torch.tensor([slow], dtype=torch.float)
+    fast = slow if fast is None else torch.tensor([fast], dtype=torch.float)
+    zero = torch.zeros_like(slow)
+    return GateScores(slow, fast, zero, zero.long(), zero, zero.long(), zero)
+
+
+def opened(ids, slow, fast=None):
+    ids = torch.tensor([ids])
+    return decide(scores_of(slow, fast), ids, torch.ones_like(ids), CONFIG)[0][0].tolist()
+
+
+def test_running_text_opens_and_closes_with_its_windows():
+    assert opened([OTHER] * 5, [-1, 1, 1, 1, -1], [1, -1, 1, -1, 1]) == [0, 0, 1, 0, 0]
+
+
+def test_an_answer_stays_as_the_question_decided_and_may_only_open():
+    ids = [OTHER, OTHER, 89, M, OTHER, OTHER]
+    assert opened(ids, [1, -1, -1, -1, -1, -1]) == [1, 0, 0, 1, 1, 1]
+    assert opened(ids, [-1, -1, -1, -1, 1, -1]) == [0, 0, 0, 0, 1, 1]
+    assert opened(ids, [-1] * 6) == [0] * 6
+
+
+def test_the_end_of_an_answer_starts_a_new_turn():
+    turn = [OTHER, END, 89, M, OTHER, END]
+    first_only = [1, -1, -1, -1, -1, -1] + [-1] * 6
+    assert opened(turn * 2, first_only) == [1, 0, 0, 1, 1, 0] + [0] * 6
+    # END closes the question too, and must not forget what the question opened
+    assert opened(turn * 2, [-1] * 6 + [1] + [-1] * 5) == [0] * 6 + [1, 0, 0, 1, 1, 0]
+
+
+def random_bank(dim=8, hidden=16):
+    torch.manual_seed(0)
+    entries = [torch.nn.functional.normalize(torch.randn(n, dim), dim=-1) for n in (6, 9)]
+    return Bank(torch.rand(100) * 6, torch.randn(dim, hidden + 1) / 4, *entries)
+
+
+@pytest.mark.parametrize("cuts", [[7], [1, 2, 3], [4, 5, 30]])
+def test_pieces_and_left_padding_decide_as_the_whole_text(cuts):
+    bank, gate = random_bank(), torch.randn(3, 9) / 3
+    ids = torch.randint(1, 80, (2, 40))
+    ids[:, 10:12] = torch.tensor([89, M])
+    ids[:, 25], ids[:, 31:33] = END, torch.tensor([89, M])
+    hidden, entropy = torch.randn(2, 40, 16), torch.rand(2, 40)
+    config = AlterConfig(gate="bank", answer_marker=[89, M], end_token=END, n_experts=2)
+    config.gate_threshold = 0.3
+    mask = torch.ones_like(ids)
+    whole, _ = plan_by_bank(bank, gate, config, FrozenTokens(hidden, entropy, mask, ids))
+    assert whole.scores.opened.any() and not whole.scores.opened.all()
+    carry, parts = None, []
+    for a, b in zip([0, *cuts], [*cuts, 40], strict=True):
+        piece = FrozenTokens(*(x[:, a:b] for x in (hidden, entropy, mask, ids)))
+        plan, carry = plan_by_bank(bank, gate, config, piece, carry=carry)
+        parts.append(plan.scores)
+    for name in ("score", "fast", "topic", "forget_similarity", "retain_similarity"):
+        joined = torch.cat([getattr(p, name) for p in parts], 1)
+        assert torch.allclose(joined, getattr(whole.scores, name), atol=1e-5)
+    assert torch.equal(torch.cat([p.opened for p in parts], 1), whole.scores.opened)
+
+    def left(x, value=0):
+        return torch.cat([torch.full_like(x[:, :6], value), x], 1)
+
+    # the padding token is the end of turn, as in many tokenizers
+    padded = FrozenTokens(left(hidden), left(entropy), left(mask), left(ids, END))
+    plan, _ = plan_by_bank(bank, gate, config, padded)
+    assert torch.allclose(plan.scores.score[:, 6:], whole.scores.score, atol=1e-5)
+    assert torch.equal(plan.scores.opened[:, 6:], whole.scores.opened)
+
+
+def test_the_gate_stays_shut_until_it_has_read_enough():
+    bank, gate = random_bank(), torch.zeros(3, 9)
+    bank.token_weights[:] = MIN_EVIDENCE / 3
+    ids = torch.full((1, 6), 7)
+    windows = window_contexts(bank, torch.randn(1, 6, 16), ids, torch.ones_like(ids))[:2]
+    score = gate_scores(bank, *windows, gate).score[0]
+    assert (score[:3] == SHUT).all() and (score[3:] > SHUT).all()
+
+
+def test_token_weights_know_nothing_of_the_forget_set(tiny):
+    lm = load_model(str(tiny))
+    retain = [render(lm.tokenizer, e)[0] for e in OWN_RETAIN]
+    weights = bank_fit.token_weights(retain, 600)
+    common = set.intersection(*(set(s.ids) for s in retain))
+    assert common and all(weights[i] == 0 for i in common)
+    used = {i for s in retain for i in s.ids}
+    unseen = weights[[i for i in range(600) if i not in used]]
+    assert (unseen == unseen[0]).all() and unseen[0] == weights.max()
+
+
+@pytest.fixture(scope="module")
+def fitted(tiny, forget_set):
+    lm = load_model(str(tiny))
+    return lm, *fitted_gate(lm, forget_set, 0, CallbackList())
+
+
+def test_what_was_stored_opens_the_fitted_gate_and_little_else_does(fitted):
+    lm, gate, _ = fitted
+    report = gate.report["router"]
+    assert report["forget_open_at_answer"] == 1.0
+    assert report["stored"] == [len(gate.bank.forget), len(gate.bank.retain)]
+    rows = [{"prompt": e.question, "group": "stored"} for e in OWN_FORGET]
+    scores = score_prompts(lm, gate, rows)
+    assert open_rates(scores)["stored"]["open"] == 1.0
+    kept = score_prompts(lm, gate, [{"prompt": e.question} for e in OWN_RETAIN])
+    assert not any(s.open for s in kept)
+    # the end of each question lies on its own entry
+    assert min(s.forget_similarity for s in scores) > 0.9
+    assert len({s.forget_entry for s in scores}) == len(scores)
+
+
+def test_rewordings_are_stored_and_not_trained_on(tiny, forget_set):
+    lm = load_model(str(tiny))
+    plain = fitted_gate(lm, forget_set, 0, CallbackList())[0]
+    example = forget_set.forget[0]
+    example.rewordings.append("Which paint was used on the entrance of house 0?")
+    try:
+        more = fitted_gate(lm, forget_set, 0, CallbackList())[0]
+    finally:
+        example.rewordings.clear()
+    assert len(more.bank.forget) == len(plain.bank.forget) + 2  # at two thirds and at the end
+    assert len(more.forget) == len(plain.forget)
+
+
+def test_the_adapter_of_version_0_1_is_refused_in_one_sentence():
+    with pytest.raises(UserError, match=r"version 0\.1"):
+        AlterConfig(gate="two_level")
+
+
+def test_traces_say_why(tiny, forget_set):
+    run = unlearn(load_model(str(tiny)), forget_set, quick_config())
+    traces = run.trace_tokens("The door is red.", OWN_FORGET[0].question)
+    scores = [t.gate["score"] for t in traces]
+    threshold = run.router.config.gate_threshold
+    assert max(scores) > threshold and traces[-1].gate["forget"] >= 0
+    assert all(any(t.weights) for t in traces[-4:])  # inside the answer
+    assert {"topic", "retain", "retain_similarity", "forget_similarity"} <= set(traces[0].gate)
+    published = unlearn(load_model(str(tiny)), forget_set, quick_config("alter"))
+    assert published.trace_tokens("The door is red.")[0].gate is None
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [("", "no prompts"), ("[1]", "line 1"), ('{"prompt": " "}', "line 1"),
+     ('{"prompt": "a", "expected": "maybe"}', "open or shut")],
+)  # fmt: skip
+def test_prompt_files_are_checked(tmp_path, line, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(line)
+    with pytest.raises(UserError, match=message):
+        read_prompts(path)
+    with pytest.raises(UserError, match="Cannot read"):
+        read_prompts(tmp_path / "none.jsonl")
+
+
+def test_the_gate_command(tiny, own_data, few, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [
+        {"prompt": OWN_FORGET[0].question, "expected": "open", "group": "mine"},
+        {"prompt": "Tell me a joke [bold]"},
+    ]
+    prompts.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    files = ["--forget", str(own_data[0]), "--retain", str(own_data[1])]
+    base = ["gate", "--model", str(tiny), *files, "--prompts", str(prompts)]
+    assert main([*base, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["rates"]["stored"]["open"] == 1.0
+    assert [p["prompt"] for p in result["prompts"]] == [r["prompt"] for r in rows]
+    assert result["prompts"][0]["open"] is True and result["prompts"][0]["group"] == "mine"
+    assert main([*base, "--roc", str(tmp_path / "roc.html")]) == 0
+    assert "[bold]" in capsys.readouterr().out
+    assert "AUC" in (tmp_path / "roc.html").read_text()
