@@ -124,14 +124,75 @@ def inspect(args) -> None:
         log_p = ["" if p is None else f"{p:.2f}" for p in (trace.log_prob, trace.log_prob_after)]
         top = "  ".join(f"{escape(token)} {p:.2f}" for token, p in trace.top_after[:3])
         token = escape(trace.token)
-        rows.append([token, f"{trace.entropy:.3f}", trace.route, *weights, *log_p, top])
-    print_table(("token", "S_q", "route", *experts, "log p", "after", "next token, after"), rows)
+        gate = [f"{trace.gate['score']:.2f}"] if trace.gate else []
+        rows.append([token, f"{trace.entropy:.3f}", trace.route, *gate, *weights, *log_p, top])
+    gate = ["gate"] if traces[0].gate else []
+    columns = "token", "S_q", "route", *gate, *experts, "log p", "after", "next token, after"
+    print_table(columns, rows)
     if run.has_router:
         config = run.router.config
         print_text(
             f"S_q has q = {config.q:g} and belongs to the prediction of the next token. Route A: "
             f"S_q above {config.threshold:.3g}; else B. A row of dots: no expert acts."
         )
+        if gate:
+            print_text(
+                f"The gate opens above {config.gate_threshold:.3g}; a score of -1000 means that "
+                "it has read too little. --json names the nearest stored prompts."
+            )
+
+
+@command(
+    MODEL,
+    SEED,
+    argument("--forget", default="harry-potter", help="a built-in set, a benchmark, or a file"),
+    argument("--retain", help="file of what must stay, with a file of your own"),
+    argument("--adapter", type=Path, help="LoRA folder to merge into the model (see teach)"),
+    argument("--prompts", type=Path, help="JSONL file: prompt, optionally expected and group"),
+    argument("--roc", type=Path, help="write the ROC curve as an HTML file"),
+    argument("--json", action="store_true", help="print JSON"),
+)
+def gate(args) -> None:
+    """Fit the gate to a set, without training, and show which prompts open it."""
+    from ..data.forget_sets import load_forget_set
+    from ..experiments.gate import fitted_gate, open_rates, prompts_of, read_prompts, score_prompts
+    from ..models.target import load_target
+
+    own = read_prompts(args.prompts) if args.prompts else []
+    forget_set = load_forget_set(args.forget, args.retain)
+    with TerminalCallback() as callback:
+        callback.on_stage("loading the model", 0.0)
+        lm = load_target(args.model, forget_set, args.device, args.dtype, args.adapter)
+        fitted, forget_set = fitted_gate(lm, forget_set, args.seed, callback)
+
+        def progress(done: int, total: int) -> None:
+            callback.on_stage("scoring the prompts", done / total)
+
+        prompts = prompts_of(forget_set)
+        scores = score_prompts(lm, fitted, [*prompts, *own], progress)
+    rates, own = open_rates(scores[: len(prompts)]), scores[len(prompts) :]
+    if args.roc:
+        from ..experiments.figures import gate_roc
+
+        gate_roc(scores).write_html(args.roc, include_plotlyjs=True)
+    if args.json:
+        print_json({"rates": rates, "prompts": [asdict(score) for score in own]})
+        return
+    rows = [
+        [group, rate["expected"], str(rate["prompts"]), f"{rate['open']:.1%}",
+         f"{rate['low']:.1%} to {rate['high']:.1%}"]
+        for group, rate in rates.items()
+    ]  # fmt: skip
+    print_table(("prompts", "should be", "number", "open", "95 % interval"), rows)
+    columns = "prompt", "expected", "gate", "score", "topic", "nearest forget", "nearest retain"
+    rows = [
+        [escape(s.prompt), s.expected, "open" if s.open else "shut", f"{s.score:.3f}",
+         f"{s.topic:.2f}", f"{s.forget_entry} ({s.forget_similarity:.2f})",
+         f"{s.retain_entry} ({s.retain_similarity:.2f})"]
+        for s in own
+    ]  # fmt: skip
+    if rows:
+        print_table(columns, rows)
 
 
 @command(

@@ -5,6 +5,7 @@ import itertools
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
+from sklearn.metrics import roc_auc_score, roc_curve
 
 from ..errors import UserError
 from ..inspection.charts import COLOURS, WAYS, cloud
@@ -140,6 +141,22 @@ def word_clouds(results: dict):
         ImageDraw.Draw(sheet).text((x + 16, y + 8), way, fill=COLOURS[way], font_size=24)
         sheet.paste(image, (x, y + 40), image)
     return sheet
+
+
+def gate_roc(scores) -> go.Figure:
+    """Share of forget prompts that open the gate, against the share of prompts to keep that do.
+
+    Args:
+        scores: `PromptScore`s whose `expected` is known.
+    """
+    known = [s for s in scores if s.expected]
+    expected, values = [s.expected == "open" for s in known], [s.score for s in known]
+    shut, opened, _ = roc_curve(expected, values)
+    name = f"AUC {roc_auc_score(expected, values):.4f}"
+    figure = go.Figure().add_scatter(x=shut, y=opened, name=name, line_color=BLUE)
+    figure.update_xaxes(title="prompts to keep that open the gate", range=[0, 1])
+    figure.update_yaxes(title="forget prompts that open it", range=[0, 1.02])
+    return styled(figure.update_layout(showlegend=True))
 
 
 def styled(figure: go.Figure) -> go.Figure:
