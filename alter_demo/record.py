@@ -13,7 +13,7 @@ from .config import PARTS, EvaluationConfig, UnlearnConfig
 from .data.schema import ForgetSet
 from .errors import UserError
 from .evaluation.logs import to_open_unlearning
-from .evaluation.summary import Log, group_figures, summary
+from .evaluation.summary import Log, group_figures, group_intervals, summary
 from .files import ASSETS, cache_dir, write_json
 from .models.loading import LM
 
@@ -66,11 +66,16 @@ def measured_groups(forget_set: ForgetSet, evaluation: EvaluationConfig) -> dict
 
 
 def group_metrics(logs: dict[str, Log]) -> dict:
-    """`before` and `after`: means of each group, and the summary under the field's names."""
-    result = {"before": {}, "after": {}}
-    for side in result:
+    """`before` and `after`: means of each group, and the summary under the field's names.
+
+    `intervals` has the 95 % intervals of the means, as {side: {group: {figure: [low, high]}}}.
+    """
+    result = {"before": {}, "after": {}, "intervals": {"before": {}, "after": {}}}
+    for side in ("before", "after"):
         for group, rows in logs.get(side, {}).items():
-            result[side][group] = group_figures(group, rows, logs["before"][group])
+            own = group, rows, logs["before"][group]
+            result[side][group] = group_figures(*own)
+            result["intervals"][side][group] = group_intervals(*own)
         if side in logs:
             result[side]["summary"] = summary(logs[side], logs.get("retain model"))
     if "retain model" in logs:

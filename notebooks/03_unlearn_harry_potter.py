@@ -63,8 +63,8 @@ print("Threshold of S_q:", round(phase_one["threshold"], 3))
 print(f"Uncertain tokens: {phase_one['uncertain_share']:.0%}")
 print("Forgetting experts:", phase_one["n_experts"])
 print("Samples in each sub-domain:", phase_one["sub_domains"])
-print(f"Held-out forget samples that open the gate: {router['forget_open_at_answer']:.0%}")
-print(f"Other samples that open it anywhere: {router['retain_open_anywhere']:.0%}")
+print(f"Forget samples that open the gate: {router['forget_open_at_answer']:.0%}")
+print(f"Retain samples that open it anywhere: {router['retain_open_anywhere']:.0%}")
 print("(The threshold of the gate is chosen so that only a few do.)")
 
 # %% [markdown]

@@ -36,7 +36,9 @@ def test_harry_potter():
     assert len(forget_set.neighbours) >= 60
     for e in forget_set.forget:
         assert is_correct(e.answer, e), e
-        assert not is_correct(e.question, e) and not is_correct(e.paraphrased_question, e), e
+        assert len(e.rewordings) == 2
+        wordings = {e.question, e.paraphrased_question, *e.rewordings}
+        assert len(wordings) == 4 and not any(is_correct(w, e) for w in wordings), e
 
 
 def test_general_prompts():

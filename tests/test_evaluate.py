@@ -17,7 +17,7 @@ from alter_demo.data.rendering import render
 from alter_demo.data.schema import Example
 from alter_demo.evaluation.logs import read_log, to_open_unlearning, write_log
 from alter_demo.evaluation.measure import add_fluency, evaluate_groups
-from alter_demo.evaluation.summary import MIA, Log, group_figures, summary
+from alter_demo.evaluation.summary import MIA, Log, group_figures, interval, summary
 from alter_demo.models.generation import greedy
 from alter_demo.models.scoring import answer_scores
 
@@ -35,6 +35,16 @@ def evaluate_command(capsys, *args):
     code = main(["evaluate", *map(str, args)])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
+
+
+def test_the_interval_of_a_mean():
+    values = [0.0, 1.0] * 32
+    low, high = interval(values)
+    # normal approximation: 0.5 +- 1.96 x 0.5 / 8
+    assert low == pytest.approx(0.3775, abs=0.03) and high == pytest.approx(0.6225, abs=0.03)
+    assert interval(values) == [low, high]  # the same for the same values
+    assert interval([0.3] * 20) == [0.3, 0.3]
+    assert interval(values * 4) is None and interval([1.0]) is None
 
 
 # -------------------------------------------------------------------------- figures from logs

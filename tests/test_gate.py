@@ -202,3 +202,15 @@ def test_the_gate_command(tiny, own_data, few, tmp_path, capsys):
     assert main([*base, "--roc", str(tmp_path / "roc.html")]) == 0
     assert "[bold]" in capsys.readouterr().out
     assert "AUC" in (tmp_path / "roc.html").read_text()
+
+
+def test_few_entries_get_few_components():
+    """With as many components as rows, all rows would be equally far from each other."""
+    x = torch.randn(20, 64)
+    projection = bank_fit.whitening(x, 128)
+    assert projection.shape == (128, 65)
+    kept = projection.abs().sum(1) > 0
+    assert kept.sum() == 20 // bank_fit.PER_COMPONENT
+    z = x @ projection[:, :-1].T + projection[:, -1]
+    assert torch.allclose(z[:, kept].mean(0), torch.zeros(5), atol=1e-4)
+    assert torch.allclose(z[:, kept].var(0, correction=0), torch.ones(5), atol=1e-2)

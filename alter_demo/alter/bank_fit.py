@@ -30,6 +30,7 @@ PASSAGE = 16  # tokens between two stored entries of a plain text
 TOPIC_TOKENS = 40_000  # contexts that the topic score is fitted on
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # C of the logistic regression
 FOLDS = 3
+PER_COMPONENT = 4  # stored entries for each component of the projection
 MARGIN = 1e-3  # of the threshold below the lowest stored prompt that must open the gate
 
 
@@ -142,13 +143,17 @@ def entry_positions(sample: Sample, prefix: int) -> list[int]:
 
 
 def whitening(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """(P, D + 1) projection of (n, D) on its first `dim` principal components, scaled to 1."""
+    """(P, D + 1) projection of (n, D) on its first principal components, scaled to variance 1.
+
+    At most one component for `PER_COMPONENT` rows: with as many components as rows, whitened rows
+    are all equally far from each other, and from whatever is new. The other rows are zero.
+    """
     mean = x.mean(0)
     _, s, v = torch.linalg.svd(x - mean, full_matrices=False)
-    deviation = s / len(x) ** 0.5
-    rows = v[:dim] / (deviation[:dim, None] + 1e-4 * deviation[0] + 1e-8)
-    missing = dim - len(rows)  # fewer samples than dimensions
-    rows = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])])
+    kept = max(1, min(dim, len(x) // PER_COMPONENT, len(s)))
+    deviation = s[:kept, None] / len(x) ** 0.5
+    rows = v[:kept] / (deviation + 1e-4 * deviation[0] + 1e-8)
+    rows = torch.cat([rows, rows.new_zeros(dim - kept, rows.shape[1])])
     return torch.cat([rows, -(rows @ mean)[:, None]], 1)
 
 

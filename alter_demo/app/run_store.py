@@ -114,11 +114,16 @@ def describe_run(name: str | None):
 def metric_rows(metrics: dict) -> list[list[str]]:
     """One row per group; the summary and the holdout have no ROUGE-L and are left out."""
     rows, names = [], ("probability", "rouge_l", "rouge_l_to_base")
+    intervals = metrics.get("intervals", {}).get("after", {})
+
+    def change(group: str, name: str) -> str:
+        text = f"{metrics['before'][group][name]:.3g} → {metrics['after'][group][name]:.3g}"
+        interval = intervals.get(group, {}).get(name)
+        return text if interval is None else "{} ({:.3g} to {:.3g})".format(text, *interval)
+
     for group, before in metrics["before"].items():
         if "rouge_l" in before:
-            after = metrics["after"][group]
-            changes = [f"{before[name]:.3g} → {after[name]:.3g}" for name in names]
-            rows.append([group.replace("_", " "), *changes])
+            rows.append([group.replace("_", " "), *(change(group, name) for name in names)])
     return rows
 
 

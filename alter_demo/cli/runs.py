@@ -59,18 +59,26 @@ def unlearn(args) -> None:
     print_run(run)
 
 
+def as_range(interval: list[float] | None) -> str:
+    return "" if interval is None else " ({:.4f} to {:.4f})".format(*interval)
+
+
 def print_run(run) -> None:
     """The table that ends `unlearn`."""
     from ..evaluation.shortfalls import shortfalls
 
     before, after, metrics = run.metrics["before"], run.metrics["after"], run.metrics
+    intervals = metrics.get("intervals", {}).get("after", {})  # a run of 0.1 has none
     keys, rows = ("probability", "rouge_l", "rouge_l_to_base", "repetition"), []
     for group, old in before.items():
         if group not in ("summary", "holdout"):
-            pairs = [f"{old[k]:.4f} → {after[group][k]:.4f}" for k in keys]
+            own = intervals.get(group, {})
+            pairs = [f"{old[k]:.4f} → {after[group][k]:.4f}{as_range(own.get(k))}" for k in keys]
             rows.append([group, str(metrics["data"][group]), *pairs])
     columns = ("group", "examples", "probability", "ROUGE-L", "ROUGE-L to base", "repetition")
     print_table(columns, rows)
+    if intervals:
+        print_text("In brackets: 95 % intervals of the means after unlearning (bootstrap).")
     names = [k for k in SUMMARY if k in after.get("summary", {})]
     pairs = ((k, before["summary"][k], after["summary"][k]) for k in names)
     print_text("   ".join(f"{k} {old:.3g} → {new:.3g}" for k, old, new in pairs))

@@ -18,6 +18,7 @@ PREFIX = {"real_authors": "ra", "world_facts": "wf"}
 MIA = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
 MEMORIZATION = ("exact_memorization", "extraction_strength")
 UTILITY = ("probability", "rouge_l", "truth_ratio")  # the figures that model utility averages
+FEW, RESAMPLES = 200, 2000  # a mean of fewer examples gets a bootstrap interval
 FORGET_QUALITY = {"forget": "forget_quality", "forget_held_out": "forget_quality_held_out"}
 
 
@@ -45,10 +46,19 @@ def mean_truth_ratio(group: str, ratios: list[float]) -> float:
     return mean(ratios)
 
 
-def group_figures(
-    group: str, rows: pd.DataFrame, before: pd.DataFrame | None = None, rounded: bool = True
-) -> dict[str, float]:
-    """Means over one group of what was measured; `before`: its rows of the base model."""
+def interval(values, seed: int = 0) -> list[float] | None:
+    """95 % bootstrap interval of the mean of fewer than 200 values; None for more or for one."""
+    values = np.asarray(values, float)
+    if not 1 < len(values) < FEW:
+        return None
+    draws = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+    return np.quantile(values[draws].mean(1), (0.025, 0.975)).round(6).tolist()
+
+
+def group_columns(
+    group: str, rows: pd.DataFrame, before: pd.DataFrame | None = None
+) -> dict[str, list[float]]:
+    """The values of every example of a group that `group_figures` averages."""
     columns = {"probability": probabilities(group, rows)} if "avg_gt_loss" in rows else {}
     columns |= {name: rows[name] for name in MEMORIZATION if name in rows}
     if "rougeL_recall" in rows:
@@ -59,6 +69,20 @@ def group_figures(
         if before is not None:
             pairs = zip(answers, before["generated_text"], strict=True)
             columns["rouge_l_to_base"] = [metrics.rouge_l(a, b) for a, b in pairs]
+    return columns
+
+
+def group_intervals(group: str, rows: pd.DataFrame, before: pd.DataFrame | None = None) -> dict:
+    """{figure: [low, high]} of `interval`, for the means of `group_figures`."""
+    columns = group_columns(group, rows, before)
+    return {name: own for name, values in columns.items() if (own := interval(values))}
+
+
+def group_figures(
+    group: str, rows: pd.DataFrame, before: pd.DataFrame | None = None, rounded: bool = True
+) -> dict[str, float]:
+    """Means over one group of what was measured; `before`: its rows of the base model."""
+    columns = group_columns(group, rows, before)
     figures = {name: float(np.mean(values)) for name, values in columns.items()}
     if "avg_fluency_loss" in rows:
         figures["perplexity"] = float(np.exp(rows["avg_fluency_loss"].mean()))
