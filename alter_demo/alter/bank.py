@@ -147,8 +147,9 @@ def decide(scores: GateScores, ids, mask, config, carry=None):
         carry: (inside an answer (B,), opened since the last answer (B,), last ids (B, m - 1)).
     """
     crossed = (scores.score > config.gate_threshold) & mask.bool()
+    running = crossed & (scores.fast > min(0.0, config.gate_threshold))
     if ids is None or not config.answer_marker:
-        return crossed & (scores.fast > 0), None
+        return running, None
     batch, length = ids.shape
     marker = torch.tensor(config.answer_marker, device=ids.device)
     if carry is None:
@@ -170,7 +171,6 @@ def decide(scores: GateScores, ids, mask, config, carry=None):
     # an answer's end starts the next turn: what was open before counts no more
     resets = ends & inside[:, :-1]
     opened = last(crossed, carry[1]) > last(resets, torch.zeros_like(carry[1]))
-    running = crossed & (scores.fast > 0)
     decision = torch.where(inside[:, 1:], opened[:, 1:], running)
     return decision, (inside[:, -1], opened[:, -1], recent[:, length:])
 
