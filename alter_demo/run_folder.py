@@ -82,7 +82,11 @@ def write_weights(run, folder: Path) -> None:
     if isinstance(run.model, PeftModel):
         # the portable name, not a local cache path
         run.model.peft_config["default"].base_model_name_or_path = run.lm.name
-        run.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        weights = run.model.state_dict()  # a bank holds values that float16 holds too
+        weights = {k: v.half() if ".alter_gate_" in k else v for k, v in weights.items()}
+        run.model.save_pretrained(
+            folder / "adapter", state_dict=weights, save_embedding_layers=False
+        )
         return
     require_disk(folder, run.lm.model.get_memory_footprint() // 2**20 + 50)
     with quiet():

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import OWN_FORGET, OWN_RETAIN, quick_config
+from safetensors.torch import load_file
 
 from alter_demo.alter import bank_fit
 from alter_demo.alter.bank import (
@@ -15,16 +16,19 @@ from alter_demo.alter.bank import (
     GateScores,
     decide,
     gate_scores,
-    plan_by_bank,
-    window_contexts,
+    plan_tokens,
+    window_means,
 )
 from alter_demo.alter.config import AlterConfig
+from alter_demo.alter.routing import affine
 from alter_demo.callbacks import CallbackList
 from alter_demo.cli.main import main
 from alter_demo.data.rendering import render
 from alter_demo.errors import UserError
+from alter_demo.experiments.figures import gate_roc
 from alter_demo.experiments.gate import fitted_gate, open_rates, read_prompts, score_prompts
 from alter_demo.models.loading import load_model
+from alter_demo.run import load_run
 from alter_demo.unlearn import unlearn
 
 M, END, OTHER = 90, 91, 5  # the marker's last token, the end of turn, any other token
@@ -78,12 +82,12 @@ def test_pieces_and_left_padding_decide_as_the_whole_text(cuts):
     config = AlterConfig(gate="bank", answer_marker=[89, M], end_token=END, n_experts=2)
     config.gate_threshold = 0.3
     mask = torch.ones_like(ids)
-    whole, _ = plan_by_bank(bank, gate, config, FrozenTokens(hidden, entropy, mask, ids))
+    whole, _ = plan_tokens(config, gate, bank, FrozenTokens(hidden, entropy, mask, ids))
     assert whole.scores.opened.any() and not whole.scores.opened.all()
     carry, parts = None, []
     for a, b in zip([0, *cuts], [*cuts, 40], strict=True):
         piece = FrozenTokens(*(x[:, a:b] for x in (hidden, entropy, mask, ids)))
-        plan, carry = plan_by_bank(bank, gate, config, piece, carry=carry)
+        plan, carry = plan_tokens(config, gate, bank, piece, carry=carry)
         parts.append(plan.scores)
     for name in ("score", "fast", "topic", "forget_similarity", "retain_similarity"):
         joined = torch.cat([getattr(p, name) for p in parts], 1)
@@ -95,7 +99,7 @@ def test_pieces_and_left_padding_decide_as_the_whole_text(cuts):
 
     # the padding token is the end of turn, as in many tokenizers
     padded = FrozenTokens(left(hidden), left(entropy), left(mask), left(ids, END))
-    plan, _ = plan_by_bank(bank, gate, config, padded)
+    plan, _ = plan_tokens(config, gate, bank, padded)
     assert torch.allclose(plan.scores.score[:, 6:], whole.scores.score, atol=1e-5)
     assert torch.equal(plan.scores.opened[:, 6:], whole.scores.opened)
 
@@ -104,8 +108,9 @@ def test_the_gate_stays_shut_until_it_has_read_enough():
     bank, gate = random_bank(), torch.zeros(3, 9)
     bank.token_weights[:] = MIN_EVIDENCE / 3
     ids = torch.full((1, 6), 7)
-    windows = window_contexts(bank, torch.randn(1, 6, 16), ids, torch.ones_like(ids))[:2]
-    score = gate_scores(bank, *windows, gate).score[0]
+    tokens = FrozenTokens(torch.randn(1, 6, 16), torch.rand(1, 6), torch.ones_like(ids), ids)
+    means, evidence, _ = window_means(bank.token_weights, tokens)
+    score = gate_scores(bank, affine(means, bank.projection), evidence, gate).score[0]
     assert (score[:3] == SHUT).all() and (score[3:] > SHUT).all()
 
 
@@ -136,8 +141,8 @@ def test_what_was_stored_opens_the_fitted_gate_and_little_else_does(fitted):
     assert open_rates(scores)["stored"]["open"] == 1.0
     kept = score_prompts(lm, gate, [{"prompt": e.question} for e in OWN_RETAIN])
     assert open_rates(kept)[""]["open"] < 0.5  # random states tell little apart
-    assert min(s.forget_similarity for s in scores) > 0.8
-    assert max(s.forget_entry for s in scores) < len(gate.bank.forget)
+    assert min(s["forget_similarity"] for s in scores) > 0.8
+    assert max(s["forget_index"] for s in scores) < len(gate.bank.forget)
 
 
 def test_rewordings_are_stored_and_not_trained_on(tiny, forget_set):
@@ -163,11 +168,25 @@ def test_traces_say_why(tiny, forget_set):
     traces = run.trace_tokens("The door is red.", OWN_FORGET[0].question)
     scores = [t.gate["score"] for t in traces]
     threshold = run.router.config.gate_threshold
-    assert max(scores) > threshold and traces[-1].gate["forget"] >= 0
+    assert max(scores) > threshold and traces[-1].gate["forget_index"] >= 0
     assert all(any(t.weights) for t in traces[-4:])  # inside the answer
-    assert {"topic", "retain", "retain_similarity", "forget_similarity"} <= set(traces[0].gate)
+    names = {"topic", "retain_index", "retain_similarity", "forget_similarity"}
+    assert names <= set(traces[0].gate)
     published = unlearn(load_model(str(tiny)), forget_set, quick_config("alter"))
     assert published.trace_tokens("The door is red.")[0].gate is None
+
+
+def test_the_adapter_keeps_the_bank_in_half_precision_and_decides_the_same(
+    tiny, forget_set, tmp_path
+):
+    run = unlearn(load_model(str(tiny)), forget_set, quick_config())
+    path = run.save(tmp_path / "run")
+    stored = load_file(path / "adapter" / "adapter_model.safetensors")
+    parts = {k: v for k, v in stored.items() if ".alter_gate_" in k}
+    assert len(parts) == 4 and {v.dtype for v in parts.values()} == {torch.float16}
+    text = "The door is red.", OWN_FORGET[0].question
+    gates = [[t.gate for t in r.trace_tokens(*text)] for r in (run, load_run(path))]
+    assert gates[0] == gates[1]
 
 
 @pytest.mark.parametrize(
@@ -201,6 +220,8 @@ def test_the_gate_command(tiny, own_data, few, tmp_path, capsys):
     assert main([*base, "--roc", str(tmp_path / "roc.html")]) == 0
     assert "[bold]" in capsys.readouterr().out
     assert "AUC" in (tmp_path / "roc.html").read_text()
+    with pytest.raises(UserError, match="ROC"):
+        gate_roc([{"expected": "open", "score": 1.0}])
 
 
 def test_few_entries_get_few_components():
@@ -210,6 +231,6 @@ def test_few_entries_get_few_components():
     assert projection.shape == (128, 65)
     kept = projection.abs().sum(1) > 0
     assert kept.sum() == 20 // bank_fit.PER_COMPONENT
-    z = x @ projection[:, :-1].T + projection[:, -1]
+    z = affine(x, projection)
     assert torch.allclose(z[:, kept].mean(0), torch.zeros(5), atol=1e-4)
     assert torch.allclose(z[:, kept].var(0, correction=0), torch.ones(5), atol=1e-2)

@@ -19,8 +19,8 @@ import torch
 from torch.nn.functional import normalize
 
 from ..data.rendering import Sample
-from .frozen import FrozenOutputs, PhaseOneResult, sample_features
-from .routing import RoutingPlan, fading_sums, normalized_states, plan_routes
+from .frozen import FrozenOutputs, PhaseOneResult
+from .routing import RoutingPlan, affine, fading_mean, gate_features, plan_routes
 
 SLOW, FAST = 0.93, 0.6  # decay per token of the two windows
 TOPIC_WEIGHT, TOPIC_LIMIT = 0.1, 5.0  # a name alone must not outweigh the stored prompts
@@ -34,17 +34,18 @@ class Bank:
     """What the gate stores, P dimensions; the adapter carries it."""
 
     token_weights: torch.Tensor  # (V,) from 0 (in every sample) to 1 (in none that stays)
-    projection: torch.Tensor  # (P, D + 1), the last column is minus the projected mean
+    projection: torch.Tensor  # (P, D + 1), whitens the contexts; the last column is the bias
     forget: torch.Tensor  # (M, P) unit vectors
     retain: torch.Tensor  # (K, P) unit vectors
 
-    def project(self, states: torch.Tensor) -> torch.Tensor:
-        """Normalized states (..., D) to (..., P), without the mean."""
-        return states @ self.projection[:, :-1].T
 
-    @property
-    def offset(self) -> torch.Tensor:
-        return self.projection[:, -1]
+class FrozenTokens(NamedTuple):
+    """What a plan is made from, for a batch of B texts of T tokens."""
+
+    hidden: torch.Tensor  # (B, T, D) states of the feature layer
+    entropy: torch.Tensor  # (B, T) S_q
+    mask: torch.Tensor  # (B, T), 0 for padding
+    ids: torch.Tensor | None  # (B, T); None: all weigh alike, and the text is running text
 
 
 @dataclass
@@ -61,27 +62,17 @@ class GateScores:
     opened: torch.Tensor | None = None  # (B, T) bool, the decision
 
 
-def window_contexts(bank: Bank, hidden, ids, mask, carry=None):
-    """Slow and fast contexts (2, B, T, P), token weight in the slow window (B, T), and the carry.
+def window_means(token_weights: torch.Tensor, tokens: FrozenTokens, carry=(None, None)):
+    """Means of the slow and the fast window (2, B, T, D), token weight in the slow one (B, T).
 
-    Args:
-        hidden: (B, T, D) states of the low layer; ids: (B, T), or None: all tokens weigh the same.
-        mask: (B, T), 0 for padding.
-        carry: (sums (B, 2, P), weights (B, 2, 1)) over the tokens before these.
+    The third value is the carry after the last token: that of `fading_mean` for both windows.
     """
-    ones = torch.ones(hidden.shape[:2], device=hidden.device)
-    weight = (ones if ids is None else bank.token_weights[ids]) * mask.to(ones.dtype)
-    weight = weight[..., None]  # (B, T, 1)
-    states = bank.project(normalized_states(hidden))
-    windows, carries, evidence = [], [], None
-    for i, decay in enumerate((SLOW, FAST)):
-        before = None if carry is None else (carry[0][:, i], carry[1][:, i])
-        total, sums = fading_sums(states, weight, decay, before)
-        windows.append(total / sums.clamp_min(1e-6) + bank.offset)
-        carries.append((total[:, -1], sums[:, -1]))
-        evidence = sums[..., 0] if evidence is None else evidence
-    after = tuple(torch.stack(parts, 1) for parts in zip(*carries, strict=True))
-    return torch.stack(windows), evidence, after
+    weights = tokens.mask.float()
+    if tokens.ids is not None:
+        weights = weights * token_weights[tokens.ids]
+    pairs = zip((SLOW, FAST), carry, strict=True)
+    slow, fast = (fading_mean(tokens.hidden, weights[..., None], *pair) for pair in pairs)
+    return torch.stack([slow[0], fast[0]]), slow[1][..., 0], (slow[2], fast[2])
 
 
 def topic_log_odds(z: torch.Tensor) -> torch.Tensor:
@@ -94,11 +85,6 @@ def combine(forget, retain, topic):
     return forget - retain + TOPIC_WEIGHT * topic.clamp(-TOPIC_LIMIT, TOPIC_LIMIT)
 
 
-def apply_gate(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """Class scores (..., 1 + N) of contexts (..., P)."""
-    return x @ gate[:, :-1].T + gate[:, -1]
-
-
 def nearest(x: torch.Tensor, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and index of the nearest entry, (..., P) to (...); zeros if nothing is stored."""
     if not len(entries):
@@ -107,8 +93,8 @@ def nearest(x: torch.Tensor, entries: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def gate_scores(bank: Bank, contexts, evidence, gate) -> GateScores:
-    """Scores from `window_contexts` (2, B, T, P) and the linear gate (1 + N, P + 1)."""
-    topic = topic_log_odds(apply_gate(contexts, gate))  # (2, B, T)
+    """Scores from the contexts of both windows (2, B, T, P) and the linear gate (1 + N, P + 1)."""
+    topic = topic_log_odds(affine(contexts, gate))  # (2, B, T)
     forget, forget_index = nearest(contexts, bank.forget)
     retain, retain_index = nearest(contexts, bank.retain)
     score = combine(forget, retain, topic)
@@ -117,24 +103,25 @@ def gate_scores(bank: Bank, contexts, evidence, gate) -> GateScores:
     return GateScores(slow, score[1], topic[0], *parts)
 
 
-class FrozenTokens(NamedTuple):
-    """What a plan is made from, for a batch of B texts of T tokens."""
+def plan_tokens(config, gate, bank: Bank | None, tokens: FrozenTokens, force=None, carry=None):
+    """The plan of every token, and the context that the next tokens go on from.
 
-    hidden: torch.Tensor  # (B, T, D) states of the low layer
-    entropy: torch.Tensor  # (B, T) S_q
-    mask: torch.Tensor  # (B, T), 0 for padding
-    ids: torch.Tensor | None  # (B, T)
-
-
-def plan_by_bank(bank: Bank, gate, config, tokens: FrozenTokens, force=None, carry=None):
-    """`TokenRouter.plan` for the gate with a bank."""
+    Args:
+        gate: (1 + N, F + 1) the linear gate. bank: None for the softmax gate.
+        force: see `plan_routes`.
+        carry: the context after the tokens before these, for a KV cache.
+    """
     hidden, entropy, mask, ids = tokens
-    window, decision = (None, None) if carry is None else (carry[:2], carry[2:] or None)
-    contexts, evidence, window = window_contexts(bank, hidden, ids, mask, window)
+    if bank is None:
+        x, carry = gate_features(hidden, entropy, mask, config, carry)
+        return plan_routes(x, entropy, mask, gate, config, force), carry
+    windows, decision = carry or ((None, None), None)
+    means, evidence, windows = window_means(bank.token_weights, tokens, windows)
+    contexts = affine(means, bank.projection)
     scores = gate_scores(bank, contexts, evidence, gate)
     scores.opened, decision = decide(scores, ids, mask, config, decision)
     plan = plan_routes(contexts[0], entropy, mask, gate, config, force, scores)
-    return plan, (*window, *(decision or ()))
+    return plan, (windows, decision)
 
 
 def decide(scores: GateScores, ids, mask, config, carry=None):
@@ -177,9 +164,6 @@ def decide(scores: GateScores, ids, mask, config, carry=None):
 
 def plan_sample(frozen: FrozenOutputs, sample: Sample, result: PhaseOneResult) -> RoutingPlan:
     """The plan (1, T, ...) of one sample."""
-    alter, entropy, mask = result.alter, frozen.entropy[None], torch.ones(1, len(sample.ids))
-    if alter.gate == "bank":
-        tokens = FrozenTokens(frozen.hidden[None], entropy, mask, torch.tensor([sample.ids]))
-        return plan_by_bank(result.bank, result.gate, alter, tokens)[0]
-    x = sample_features(frozen, alter)[None]
-    return plan_routes(x, entropy, mask, result.gate, alter)
+    ids = torch.tensor([sample.ids])
+    tokens = FrozenTokens(frozen.hidden[None], frozen.entropy[None], torch.ones_like(ids), ids)
+    return plan_tokens(result.alter, result.gate, result.bank, tokens)[0]

@@ -16,14 +16,15 @@ from .bank import (
     MIN_EVIDENCE,
     SHUT,
     Bank,
-    apply_gate,
+    FrozenTokens,
     combine,
     nearest,
     topic_log_odds,
-    window_contexts,
+    window_means,
 )
 from .frozen import FrozenOutputs, PhaseOneResult, frozen_pass
 from .gate import common_prefix, fit_classes
+from .routing import affine
 
 MAX_LEAK = 0.02  # share of retain samples that open the calibrated gate
 PASSAGE = 16  # tokens between two stored entries of a plain text
@@ -63,9 +64,6 @@ def fit_bank(
 ) -> tuple[Bank, torch.Tensor, float, dict]:
     """Fit the bank, the linear gate on its contexts, and the threshold.
 
-    The threshold is the 98 % quantile of the retain samples' highest scores, each without its own
-    entries and with a topic score that was fitted without it.
-
     Args:
         samples: label 0 for what stays, d for sub-domain d.
     Returns:
@@ -74,52 +72,70 @@ def fit_bank(
     """
     prefix = common_prefix([s.ids for s in samples])
     labels = np.array([s.label for s in samples])
-    keys = [tuple(s.ids[: s.turn] if s.start > 1 else s.ids) for s in samples]
-    groups = np.unique([str(k) for k in keys], return_inverse=True)[1]
+    groups = prompt_groups(samples)
     weights = token_weights([s for s in samples if not s.label], vocab_size)
-    identity = torch.eye(frozen[0].hidden.shape[-1])
-    raw = Bank(weights, torch.cat([identity, torch.zeros(len(identity), 1)], 1), *[identity] * 2)
-    contexts, evidence = [], []
-    for outputs, sample in zip(frozen, samples, strict=True):
-        ids = torch.tensor([sample.ids])
-        context, weight, _ = window_contexts(raw, outputs.hidden[None], ids, torch.ones_like(ids))
-        contexts.append(context[0, 0])  # (T, D)
-        evidence.append(weight[0])
-    positions = [entry_positions(s, prefix) for s in samples]
-    first = {g: i for i, g in reversed(list(enumerate(groups)))}  # a prompt is stored once
-    stored = [i for i in range(len(samples)) if first[groups[i]] == i]
-    rows = {f: [(i, t) for i in stored if bool(labels[i]) == f for t in positions[i]]
-            for f in (False, True)}  # fmt: skip
-    entries = {f: torch.stack([contexts[i][t] for i, t in rows[f]]) for f in rows}
-    projection = whitening(torch.cat([entries[False], entries[True]]), config.bank_dim)
-    project = lambda x: x @ projection[:, :-1].T + projection[:, -1]  # noqa: E731
-    forget, retain = (normalize(project(entries[f]), dim=-1) for f in (True, False))
-    bank = Bank(weights, projection, forget, retain)
-    contexts = [project(c) for c in contexts]
+    pairs = zip(frozen, samples, strict=True)
+    means, evidence = zip(*(sample_means(weights, *pair) for pair in pairs), strict=True)
+    first = np.unique(groups, return_index=True)[1]  # a prompt is stored once
+    rows = [(i, t) for i in sorted(first) for t in entry_positions(samples[i], prefix)]
+    owners = np.array([i for i, _ in rows])
+    entries, goes = torch.stack([means[i][t] for i, t in rows]), labels[owners] > 0
+    projection = round_to_half(whitening(entries, config.bank_dim))
+    unit = round_to_half(normalize(affine(entries, projection), dim=-1))
+    bank = Bank(weights, projection, unit[goes], unit[~goes])
+    contexts = [affine(mean, projection) for mean in means]
     gate, topics = fit_topic(contexts, labels, groups, prefix, config.n_experts, seed)
-    owners = torch.tensor([groups[i] for i, _ in rows[False]])
-    peaks = []
-    for i, (x, topic) in enumerate(zip(contexts, topics, strict=True)):
-        others = bank.retain[owners != groups[i]]
-        score = combine(nearest(x, bank.forget)[0], nearest(x, others)[0], topic)
+    kept_groups, peaks = torch.from_numpy(groups[owners[~goes]]), []
+    for i, sample in enumerate(samples):
+        others = bank.retain[kept_groups != groups[i]]  # without its own entries
+        similarity = nearest(contexts[i], bank.forget)[0], nearest(contexts[i], others)[0]
+        score = torch.where(evidence[i] < MIN_EVIDENCE, SHUT, combine(*similarity, topics[i]))
         # the whole sample if it must stay; up to the answer if it must open there
-        seen = evidence[i] >= MIN_EVIDENCE
-        last = samples[i].turn if labels[i] and samples[i].start > 1 else len(x)
-        peaks.append(torch.where(seen, score, SHUT)[:last].max().item())
-    peaks = np.array(peaks)
-    of_forget, of_retain = peaks[labels > 0], peaks[labels == 0]
-    # a stored prompt opens the gate, even if some sample that stays comes as near as it
-    stored_low = (
-        np.quantile(of_forget[of_forget > SHUT], MAX_LEAK) if (of_forget > SHUT).any() else 0
-    )
-    threshold = float(min(np.quantile(of_retain, 1 - MAX_LEAK), stored_low - MARGIN))
+        end = sample.turn if sample.label and sample.start > 1 else len(score)
+        peaks.append(score[:end].max().item())
+    forget, retain = np.array(peaks)[labels > 0], np.array(peaks)[labels == 0]
+    threshold = choose_threshold(forget, retain)
     report = {
         "threshold": round(threshold, 4),
-        "stored": [len(forget), len(retain)],
-        "forget_open_at_answer": float((of_forget > threshold).mean()),
-        "retain_open_anywhere": float((of_retain > threshold).mean()),
+        "stored": [len(bank.forget), len(bank.retain)],
+        "forget_open_at_answer": float((forget > threshold).mean()),
+        "retain_open_anywhere": float((retain > threshold).mean()),
     }
     return bank, gate, threshold, report
+
+
+def prompt_groups(samples: list[Sample]) -> np.ndarray:
+    """(n,) the same number for samples of the same prompt; a plain text is its own prompt."""
+    keys = [str(s.ids[: s.turn] if s.start > 1 else s.ids) for s in samples]
+    return np.unique(keys, return_inverse=True)[1]
+
+
+def sample_means(weights: torch.Tensor, outputs: FrozenOutputs, sample: Sample):
+    """Means (T, D) and token weight (T,) of the slow window."""
+    ids = torch.tensor([sample.ids])
+    tokens = FrozenTokens(outputs.hidden[None], outputs.entropy[None], torch.ones_like(ids), ids)
+    means, evidence, _ = window_means(weights, tokens)
+    return means[0, 0], evidence[0]
+
+
+def round_to_half(x: torch.Tensor) -> torch.Tensor:
+    """Values that float16 can hold: the bank is saved in it, and must not change on the way."""
+    return x.half().float()
+
+
+def choose_threshold(forget: np.ndarray, retain: np.ndarray) -> float:
+    """The highest of two per cent of the retain samples' peaks lie above it.
+
+    If stored prompts lie lower, they win: what was stored opens the gate, even where something
+    that stays comes as near.
+
+    Args:
+        forget, retain: (n,) highest score of each sample, `SHUT` without evidence.
+    """
+    threshold = np.quantile(retain, 1 - MAX_LEAK)
+    if len(stored := forget[forget > SHUT]):
+        threshold = min(threshold, np.quantile(stored, MAX_LEAK) - MARGIN)
+    return float(threshold)
 
 
 def token_weights(samples: list[Sample], vocab_size: int) -> torch.Tensor:
@@ -130,7 +146,7 @@ def token_weights(samples: list[Sample], vocab_size: int) -> torch.Tensor:
     count = torch.zeros(vocab_size)
     for sample in samples:
         count[list(set(sample.ids))] += 1
-    return 1 - (count + 1).log() / math.log(len(samples) + 1)
+    return round_to_half(1 - (count + 1).log() / math.log(len(samples) + 1))
 
 
 def entry_positions(sample: Sample, prefix: int) -> list[int]:
@@ -182,16 +198,16 @@ def fit_topic(contexts, labels: np.ndarray, groups: np.ndarray, prefix: int, n_e
 
         penalty = min(PENALTIES, key=loss)
         for gate, (_, test) in zip(fits[penalty], folds, strict=True):
-            topics |= {i: topic_log_odds(apply_gate(contexts[i], gate)) for i in set(index[test])}
+            topics |= {i: topic_log_odds(affine(contexts[i], gate)) for i in set(index[test])}
     gate = fit_classes(x, y, n_experts, penalty)
     rest = range(len(contexts))
-    return gate, [topics[i] if i in topics else topic_log_odds(apply_gate(contexts[i], gate))
+    return gate, [topics[i] if i in topics else topic_log_odds(affine(contexts[i], gate))
                   for i in rest]  # fmt: skip
 
 
 def topic_p(x: np.ndarray, gate: torch.Tensor) -> np.ndarray:
     """Probability of "not r" for contexts (n, P)."""
-    return topic_log_odds(apply_gate(torch.from_numpy(x), gate)).double().sigmoid().numpy()
+    return topic_log_odds(affine(torch.from_numpy(x), gate)).double().sigmoid().numpy()
 
 
 def answer_marker(tokenizer) -> list[int]:

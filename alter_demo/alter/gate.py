@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 
 from ..data.rendering import Sample
 from .frozen import FrozenOutputs, sample_features
+from .routing import affine
 
 HELD_OUT_SHARE = 0.25  # of the samples
 FITTED_TOKENS = 100_000  # 1.6 GB of features in a 7B model
@@ -30,13 +31,12 @@ def fit_gate(
     """
     held_out = choose_held_out(samples, seed)
     prefix = common_prefix([s.ids for s in samples])
-    gate = fit_classes(
-        *training_tokens(frozen, samples, held_out, prefix, config), config.n_experts
-    )
+    tokens = training_tokens(frozen, samples, held_out, prefix, config)
+    gate = fit_classes(*tokens, config.n_experts)
     at_answer, anywhere = [], []
     for i in np.flatnonzero(held_out):
         outputs, sample = frozen[i], samples[i]
-        z = sample_features(outputs, config) @ gate[:, :-1].T + gate[:, -1]
+        z = affine(sample_features(outputs, config), gate)
         not_r = 1 - z.softmax(-1)[:, 0]
         if sample.label:
             at_answer.append(not_r[sample.turn - 1].item())
@@ -76,12 +76,15 @@ def training_tokens(frozen, samples, held_out, prefix: int, config):
     return torch.cat(x).numpy(), np.array(y)
 
 
-def fit_classes(x: np.ndarray, y: np.ndarray, n_experts: int, penalty: float = 0.1):
-    """(1 + N, F + 1), the last column is the bias. The fit is convex: it needs no initial guess."""
+def fit_classes(x: np.ndarray, y: np.ndarray, n_experts: int, c: float = 0.1) -> torch.Tensor:
+    """(1 + N, F + 1), the last column is the bias. The fit is convex: it needs no initial guess.
+
+    `c` is the inverse of the penalty's strength.
+    """
     with warnings.catch_warnings():
         # the report says what it does on other samples, converged or not
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model = LogisticRegression(C=penalty, max_iter=100).fit(x, y)
+        model = LogisticRegression(C=c, max_iter=100).fit(x, y)
     rows = np.concatenate([model.coef_, model.intercept_[:, None]], 1)
     if len(model.classes_) == 2:
         rows = np.concatenate([-rows / 2, rows / 2])

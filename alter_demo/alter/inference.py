@@ -13,6 +13,7 @@ import types
 import torch
 from transformers import DynamicCache
 
+from .bank import FrozenTokens
 from .entropy import tsallis_entropy
 
 # what beam search and the like call to rearrange a cache
@@ -76,9 +77,9 @@ def plan_from(router, out, kwargs: dict, frozen_cache: FrozenCache | None):
     if mask is None or mask.dim() != 2:
         mask = torch.ones(entropy.shape, dtype=torch.long, device=entropy.device)
     hidden = out.hidden_states[router.config.feature_layer]
-    carry = frozen_cache and frozen_cache.carry
-    mask, ids = mask[:, -entropy.shape[1] :], kwargs.get("input_ids")
-    plan, carry = router.plan(hidden, entropy, mask, ids, carry)
+    mask = mask[:, -entropy.shape[1] :]
+    tokens = FrozenTokens(hidden, entropy, mask, kwargs.get("input_ids"))
+    plan, carry = router.plan(tokens, frozen_cache and frozen_cache.carry)
     if frozen_cache is not None:
         frozen_cache.carry = carry
     return plan
@@ -123,11 +124,10 @@ class FrozenCache:
         """Do to the frozen cache and the context what the caller did to its cache."""
         if self.frozen is not None:
             getattr(self.frozen, name)(index)
-        if self.carry is not None:
-            if name == "batch_repeat_interleave":
-                self.carry = tuple(c.repeat_interleave(index, 0) for c in self.carry)
-            else:
-                self.carry = tuple(c[index.to(c.device)] for c in self.carry)
+        if name == "batch_repeat_interleave":
+            self.carry = map_tensors(self.carry, lambda c: c.repeat_interleave(index, 0))
+        else:
+            self.carry = map_tensors(self.carry, lambda c: c[index.to(c.device)])
 
     def split(self, past, new_tokens: int) -> None:
         """The models differ from now on: keep a frozen copy, crop the new tokens off `past`."""
@@ -137,3 +137,10 @@ class FrozenCache:
         past.__dict__.update(attributes)
         past.crop(-new_tokens)
         self.shared = False
+
+
+def map_tensors(nested, f):
+    """`f` of every tensor in nested tuples; None stays None."""
+    if isinstance(nested, tuple):
+        return tuple(map_tensors(part, f) for part in nested)
+    return None if nested is None else f(nested)

@@ -47,28 +47,23 @@ class RoutingPlan:
         )
 
 
-def normalized_states(hidden: torch.Tensor) -> torch.Tensor:
-    """States (..., D) in float32, each with mean 0 and variance 1."""
-    return torch.nn.functional.layer_norm(hidden.float(), hidden.shape[-1:])
-
-
-def fading_sums(values, weights, decay: float, carry=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums over the tokens so far, in which a token loses the factor `decay` with each step.
+def fading_mean(hidden, weights, decay: float, carry=None):
+    """Mean of the layer-normed states up to each token; a token fades by `decay` with each step.
 
     Args:
-        values: (B, T, F); weights: (B, T, 1) of the tokens, 0 for padding.
-        carry: both sums (B, F) and (B, 1) after the tokens before these, for a KV cache.
+        hidden: (B, T, D); weights: (B, T, 1) of the tokens, 0 for padding.
+        carry: the sums (B, D) and (B, 1) after the tokens before these, for a KV cache.
     Returns:
-        Sums of weighted values (B, T, F), and of weights (B, T, 1).
+        The mean (B, T, D), the sum of the weights (B, T, 1), and the carry.
     """
-    length = values.shape[1]
-    steps = torch.arange(length, device=values.device)
-    kernel = (float(decay) ** (steps[:, None] - steps[None]).clamp_min(0)).tril().to(values.dtype)
-    total, weight = kernel @ (values * weights), kernel @ weights  # kernel: (T, T)
+    h = torch.nn.functional.layer_norm(hidden.float(), hidden.shape[-1:])
+    steps = torch.arange(h.shape[1], device=h.device)
+    kernel = (float(decay) ** (steps[:, None] - steps[None]).clamp_min(0)).tril().to(h.dtype)
+    total, weight = kernel @ (h * weights), kernel @ weights  # kernel: (T, T)
     if carry is not None:
-        fade = (float(decay) ** (steps + 1))[None, :, None].to(values.dtype)
+        fade = (float(decay) ** (steps + 1))[None, :, None].to(h.dtype)
         total, weight = total + fade * carry[0][:, None], weight + fade * carry[1][:, None]
-    return total, weight
+    return total / weight.clamp_min(1e-6), weight, (total[:, -1], weight[:, -1])
 
 
 def gate_features(hidden, entropy, mask, config, carry=None):
@@ -76,16 +71,20 @@ def gate_features(hidden, entropy, mask, config, carry=None):
 
     Args:
         hidden: (B, T, D); entropy: (B, T); mask: (B, T), 0 for padding.
-        carry: see `fading_sums`.
+        carry: see `fading_mean`.
     Returns:
-        (B, T, D) the decaying mean of the states up to each token, since one token says too little
+        (B, T, D) the fading mean of the states up to each token, since one token says too little
         about the topic, or (B, T, 1) the entropy; and the carry after the last token.
     """
     if config.router_input == "entropy":
         return entropy[..., None], None
-    h = normalized_states(hidden)
-    total, weight = fading_sums(h, mask.to(h.dtype)[..., None], config.feature_decay, carry)
-    return total / weight.clamp_min(1e-6), (total[:, -1], weight[:, -1])
+    mean, _, carry = fading_mean(hidden, mask.float()[..., None], config.feature_decay, carry)
+    return mean, carry
+
+
+def affine(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """(..., F) to (..., P) by a matrix (P, F + 1) whose last column is the bias."""
+    return x @ matrix[:, :-1].T + matrix[:, -1]
 
 
 def plan_routes(x, entropy, mask, gate, config, force=None, scores=None) -> RoutingPlan:
@@ -101,7 +100,7 @@ def plan_routes(x, entropy, mask, gate, config, force=None, scores=None) -> Rout
         force: "r", or the number of a forgetting expert, sends every token that way.
         scores: GateScores with the decision, for `bank`.
     """
-    z = x.float() @ gate[:, :-1].T + gate[:, -1]
+    z = affine(x.float(), gate)
     high_entropy = (entropy > config.threshold) & mask.bool()
     first = 0 if config.gate == "softmax" else 1
     w = torch.zeros_like(z)

@@ -12,11 +12,11 @@ from peft.utils import PeftType, register_peft_method
 from torch import nn
 
 from ..errors import UserError
-from .bank import BANK_PARTS, Bank, FrozenTokens, plan_by_bank
+from .bank import BANK_PARTS, Bank, FrozenTokens, plan_tokens
 from .config import AlterConfig
 from .experts import AlterLinear, RoutingState
 from .inference import routed_forward
-from .routing import RoutingPlan, gate_features, plan_routes
+from .routing import RoutingPlan
 
 
 class TokenRouter(nn.Module, BaseTunerLayer):
@@ -58,9 +58,11 @@ class TokenRouter(nn.Module, BaseTunerLayer):
         for part in BANK_PARTS if bank else ():
             getattr(self, f"alter_gate_{part}")[adapter_name].data.copy_(getattr(bank, part))
 
-    def bank(self) -> Bank:
-        """The bank of the active adapter."""
+    def bank(self) -> Bank | None:
+        """The bank of the active adapter, None for the softmax gate."""
         name = self.active_adapters[0]
+        if self.configs[name].gate != "bank":
+            return None
         return Bank(*(getattr(self, f"alter_gate_{part}")[name] for part in BANK_PARTS))
 
     def set_adapter(self, adapter_names, inference_mode: bool = False) -> None:
@@ -73,23 +75,10 @@ class TokenRouter(nn.Module, BaseTunerLayer):
     def config(self) -> AlterConfig:
         return self.configs[self.active_adapters[0]]
 
-    def plan(
-        self, hidden: torch.Tensor, entropy: torch.Tensor, mask: torch.Tensor, ids, carry=None
-    ) -> tuple[RoutingPlan, tuple | None]:
-        """The plan of every token, and the context that the next tokens go on from.
-
-        Args:
-            hidden: (B, T, D) frozen states; entropy: (B, T) S_q; mask: (B, T), 0 for padding.
-            ids: (B, T) token ids, or None. A bank then weighs all tokens alike and takes the text
-                for running text.
-            carry: the context after the tokens before these, for a KV cache.
-        """
+    def plan(self, tokens: FrozenTokens, carry=None) -> tuple[RoutingPlan, tuple | None]:
+        """`plan_tokens` for the active adapter."""
         gate = self.alter_gate[self.active_adapters[0]]
-        if self.config.gate == "bank":
-            tokens = FrozenTokens(hidden, entropy, mask, ids)
-            return plan_by_bank(self.bank(), gate, self.config, tokens, self.state.force, carry)
-        x, carry = gate_features(hidden, entropy, mask, self.config, carry)
-        return plan_routes(x, entropy, mask, gate, self.config, self.state.force), carry
+        return plan_tokens(self.config, gate, self.bank(), tokens, self.state.force, carry)
 
 
 class AlterModel(BaseTuner):

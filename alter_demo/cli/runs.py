@@ -16,13 +16,17 @@ SUMMARY = (
     "privleak",
 )
 
+FORGET = [
+    argument("--forget", default="harry-potter", help="a built-in set, a benchmark, or a file"),
+    argument("--retain", help="file of what must stay, with a file of your own"),
+    argument("--adapter", type=Path, help="LoRA folder to merge into the model (see teach)"),
+]
+
 
 @command(
     MODEL,
     FOUR_BIT,
-    argument("--forget", default="harry-potter", help="a built-in set, a benchmark, or a file"),
-    argument("--retain", help="file of what must stay, with a file of your own"),
-    argument("--adapter", type=Path, help="LoRA folder to merge into the model (see teach)"),
+    FORGET,
     argument("--retain-adapter", type=Path, help="LoRA folder of the retain model"),
     argument("--retain-items", type=int, help="use only so many retain examples, as in teach"),
     argument("--name", help="name of the run"),
@@ -153,9 +157,7 @@ def inspect(args) -> None:
 @command(
     MODEL,
     SEED,
-    argument("--forget", default="harry-potter", help="a built-in set, a benchmark, or a file"),
-    argument("--retain", help="file of what must stay, with a file of your own"),
-    argument("--adapter", type=Path, help="LoRA folder to merge into the model (see teach)"),
+    FORGET,
     argument("--prompts", type=Path, help="JSONL file: prompt, optionally expected and group"),
     argument("--roc", type=Path, help="write the ROC curve as an HTML file"),
     argument("--json", action="store_true", help="print JSON"),
@@ -184,7 +186,7 @@ def gate(args) -> None:
 
         gate_roc(scores).write_html(args.roc, include_plotlyjs=True)
     if args.json:
-        print_json({"rates": rates, "prompts": [asdict(score) for score in own]})
+        print_json({"rates": rates, "prompts": own})
         return
     rows = [
         [group, rate["expected"], str(rate["prompts"]), f"{rate['open']:.1%}",
@@ -194,9 +196,9 @@ def gate(args) -> None:
     print_table(("prompts", "should be", "number", "open", "95 % interval"), rows)
     columns = "prompt", "expected", "gate", "score", "topic", "nearest forget", "nearest retain"
     rows = [
-        [escape(s.prompt), s.expected, "open" if s.open else "shut", f"{s.score:.3f}",
-         f"{s.topic:.2f}", f"{s.forget_entry} ({s.forget_similarity:.2f})",
-         f"{s.retain_entry} ({s.retain_similarity:.2f})"]
+        [escape(s["prompt"]), s["expected"], "open" if s["open"] else "shut", f"{s['score']:.3f}",
+         f"{s['topic']:.2f}", f"{s['forget_index']} ({s['forget_similarity']:.2f})",
+         f"{s['retain_index']} ({s['retain_similarity']:.2f})"]
         for s in own
     ]  # fmt: skip
     if rows:

@@ -6,6 +6,7 @@ A `Log` has a data frame per group of examples (forget, retain, ...) with one ro
 
 import numpy as np
 import pandas as pd
+from scipy.stats import bootstrap
 
 from ..errors import UserError
 from . import metrics
@@ -51,8 +52,8 @@ def interval(values, seed: int = 0) -> list[float] | None:
     values = np.asarray(values, float)
     if not 1 < len(values) < FEW:
         return None
-    draws = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
-    return np.quantile(values[draws].mean(1), (0.025, 0.975)).round(6).tolist()
+    options = {"n_resamples": RESAMPLES, "method": "percentile", "rng": seed}
+    return np.round(bootstrap([values], np.mean, **options).confidence_interval, 6).tolist()
 
 
 def group_columns(

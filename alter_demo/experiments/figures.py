@@ -147,10 +147,17 @@ def gate_roc(scores) -> go.Figure:
     """Share of forget prompts that open the gate, against the share of prompts to keep that do.
 
     Args:
-        scores: `PromptScore`s whose `expected` is known.
+        scores: of `score_prompts`; prompts without `expected` do not count.
+    Raises:
+        UserError: there are only forget prompts, or only prompts to keep.
     """
-    known = [s for s in scores if s.expected]
-    expected, values = [s.expected == "open" for s in known], [s.score for s in known]
+    known = [s for s in scores if s["expected"]]
+    expected, values = [s["expected"] == "open" for s in known], [s["score"] for s in known]
+    if len(set(expected)) < 2:
+        raise UserError(
+            "A ROC curve needs prompts that should open the gate and prompts that should not. Add "
+            'prompts with "expected" to the file of --prompts.'
+        )
     shut, opened, _ = roc_curve(expected, values)
     name = f"AUC {roc_auc_score(expected, values):.4f}"
     figure = go.Figure().add_scatter(x=shut, y=opened, name=name, line_color=BLUE)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from scipy.stats import binomtest
@@ -19,6 +18,7 @@ from ..config import flat_config
 from ..data.rendering import Sample, render_prompt
 from ..data.schema import ForgetSet
 from ..errors import UserError
+from ..inspection.traces import gate_reasons
 from ..models.loading import LM
 from ..run import fit_forget_set
 from ..unlearn import run_phase_one
@@ -26,23 +26,6 @@ from .attacks import PROMPTS
 
 EXPECTED = ("open", "shut")
 FIRST_TURN = "What is the capital of France?", "The capital of France is Paris."
-
-
-@dataclass
-class PromptScore:
-    """What the gate says about one prompt."""
-
-    prompt: str
-    group: str
-    expected: str  # "open", "shut", or "" if nobody says
-    open: bool  # where the answer starts
-    score: float  # the highest of all positions
-    threshold: float
-    topic: float  # log odds of "not r" at that position
-    forget_entry: int  # nearest stored prompt there, and its cosine
-    forget_similarity: float
-    retain_entry: int
-    retain_similarity: float
 
 
 def fitted_gate(
@@ -58,45 +41,34 @@ def fitted_gate(
 
 def score_prompts(
     lm: LM, gate: PhaseOneResult, prompts: list[dict], progress: Callable | None = None
-) -> list[PromptScore]:
-    """Scores of prompts, each {"prompt", "group"?, "expected"?, "turns"?: earlier pairs}."""
+) -> list[dict]:
+    """What the gate says about prompts, each {"prompt", "group"?, "expected"?, "turns"?}.
+
+    Returns:
+        For each prompt {"prompt", "group", "expected", "open" (where the answer starts),
+        "threshold"} and the `gate_reasons` of the token with the highest score.
+    """
     samples = []
     for row in prompts:
         ids = render_prompt(lm.tokenizer, row["prompt"], row.get("turns", ()))
         samples.append(Sample([*ids, lm.tokenizer.eos_token_id], len(ids), turn=len(ids)))
     frozen, result = frozen_pass(lm, samples, gate.alter, progress), []
     for row, outputs, sample in zip(prompts, frozen, samples, strict=True):
-        scores, last = plan_sample(outputs, sample, gate).scores, sample.turn - 1
-        best = scores.score[0, : last + 1].argmax().item()
-
-        def at_best(values, best=best) -> float:
-            return round(values[0, best].item(), 4)
-
-        result.append(
-            PromptScore(
-                prompt=row["prompt"],
-                group=row.get("group", ""),
-                expected=row.get("expected", ""),
-                open=scores.opened[0, last].item(),
-                score=at_best(scores.score),
-                threshold=round(gate.alter.gate_threshold, 4),
-                topic=at_best(scores.topic),
-                forget_entry=scores.forget_index[0, best].item(),
-                forget_similarity=at_best(scores.forget_similarity),
-                retain_entry=scores.retain_index[0, best].item(),
-                retain_similarity=at_best(scores.retain_similarity),
-            )
-        )
+        scores = plan_sample(outputs, sample, gate).scores
+        best = max(gate_reasons(scores)[: sample.turn], key=lambda reasons: reasons["score"])
+        own = {name: row.get(name, "") for name in ("prompt", "group", "expected")}
+        own["open"] = scores.opened[0, sample.turn - 1].item()
+        result.append(own | {"threshold": round(gate.alter.gate_threshold, 4)} | best)
     return result
 
 
 def prompts_of(forget_set: ForgetSet) -> list[dict]:
     """Prompts of every kind: questions of the set, the same in other words, and what stays."""
-    forget = [e for e in forget_set.forget if e.question]
+    stored = dict.fromkeys(e.question for e in forget_set.training_examples if e.question)
     reworded = [e for e in forget_set.forget_held_out if e.question]
     kept = {"neighbours": forget_set.neighbours, "everyday": forget_set.general_held_out}
     kept |= {k: v for k, v in forget_set.extra_groups.items() if k != "retain"}
-    rows = [row(e.question, "stored", "open") for e in forget]
+    rows = [row(question, "stored", "open") for question in stored]
     rows += [row(e.question, "reworded", "open") for e in reworded]
     for name in ("neutral_text", "few_shot", "role_play"):
         rows += [row(PROMPTS[name](e, forget_set), f"reworded, {name}", "open") for e in reworded]
@@ -117,16 +89,16 @@ def row(prompt: str, group: str, expected: str) -> dict:
     return {"prompt": prompt, "group": group, "expected": expected}
 
 
-def open_rates(scores: list[PromptScore]) -> dict[str, dict]:
+def open_rates(scores: list[dict]) -> dict[str, dict]:
     """{group: {"open": share, "low", "high": 95 % Wilson interval, "prompts": n, "expected"}}."""
     rates = {}
-    for group in dict.fromkeys(s.group for s in scores):
-        members = [s for s in scores if s.group == group]
-        opened = sum(s.open for s in members)
+    for group in dict.fromkeys(s["group"] for s in scores):
+        members = [s for s in scores if s["group"] == group]
+        opened = sum(s["open"] for s in members)
         interval = binomtest(opened, len(members)).proportion_ci(method="wilson")
         share = {"open": opened / len(members), "low": interval.low, "high": interval.high}
         share = {k: round(float(v), 4) for k, v in share.items()}
-        rates[group] = share | {"prompts": len(members), "expected": members[0].expected}
+        rates[group] = share | {"prompts": len(members), "expected": members[0]["expected"]}
     return rates
 
 

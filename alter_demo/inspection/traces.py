@@ -4,12 +4,12 @@
 that follows it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 from ..alter import PUBLISHED_THRESHOLD
-from ..alter.bank import GateScores
+from ..alter.bank import FrozenTokens, GateScores
 from ..alter.entropy import tsallis_entropy
 from ..alter.routing import RoutingPlan, acting_expert
 from ..data.rendering import render_prompt
@@ -101,18 +101,9 @@ def trace_tokens(run, text: str, question: str | None = None) -> list[TokenTrace
 def gate_reasons(scores: GateScores) -> list[dict[str, float]]:
     """Why the gate is open or shut at each token of one text.
 
-    {"score", "fast" (the window of the last few tokens), "topic" (log odds), "forget" and "retain"
-    (number of the nearest stored prompt), "forget_similarity", "retain_similarity"}.
+    The fields of `GateScores`, without the decision.
     """
-    columns = {
-        "score": scores.score,
-        "fast": scores.fast,
-        "topic": scores.topic,
-        "forget": scores.forget_index,
-        "forget_similarity": scores.forget_similarity,
-        "retain": scores.retain_index,
-        "retain_similarity": scores.retain_similarity,
-    }
+    columns = {f.name: getattr(scores, f.name) for f in fields(scores) if f.name != "opened"}
     rows = zip(*(values[0].tolist() for values in columns.values()), strict=True)
     return [{k: round(v, 4) for k, v in zip(columns, row, strict=True)} for row in rows]
 
@@ -129,7 +120,8 @@ def predict(run, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Routi
         config = run.router.config
         entropy = tsallis_entropy(out.logits, config.q)
         hidden = out.hidden_states[config.feature_layer]
-        plan, _ = run.router.plan(hidden, entropy, torch.ones_like(batch), batch)
+        tokens = FrozenTokens(hidden, entropy, torch.ones_like(batch), batch)
+        plan, _ = run.router.plan(tokens)
     with run.follow_plan(plan) as model:
         after = model(input_ids=batch, use_cache=False).logits[0]
     return out.logits[0], after, plan

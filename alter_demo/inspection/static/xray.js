@@ -169,7 +169,7 @@ function drawXray(root, data) {
     ];
     make("span", line, `  ${facts.join(", ")}`);
     if (token.g) {
-      const near = (side) => `${side} prompt ${token.g[side]} (${number(token.g[`${side}_similarity`], 2)})`;
+      const near = (side) => `${side} prompt ${token.g[`${side}_index`]} (${number(token.g[`${side}_similarity`], 2)})`;
       make("p", detail, `Gate: score ${number(token.g.score, 2)}, topic ${number(token.g.topic, 2)}, `
         + `nearest stored ${near("forget")}, ${near("retain")}`);
     }
