@@ -12,13 +12,16 @@ class Callback:
         """What is running now, and the share of it that is done, from 0 to 1."""
 
     def on_step(self, entry: dict, max_steps: int) -> None:
-        """After each training step: its entry of the history, and the number of steps at most."""
+        """After each training step: its entry of the history, and the maximum number of steps."""
 
     def on_answers(self, step: int, answers: list[tuple[str, str, str]]) -> None:
         """(group, question, greedy answer) of two forget and two retain questions."""
 
     def should_stop(self) -> bool:
-        """Asked after each step and while measuring. True ends that phase and keeps its result."""
+        """Asked after each step and while measuring. True ends that phase.
+
+        A stopped training keeps what it has learned, a stopped measurement no figures.
+        """
         return False
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 
+from .alter import DEFAULT_Q, MAX_EXPERTS
 from .baselines.methods import METHODS, get_method
 from .errors import UserError
 from .options import check_ranges, option
@@ -20,8 +21,10 @@ class AdapterConfig:
     """What ALTER adds to the model. The last three switches exist for the ablation."""
 
     r: int = option(8, "rank of A and of every B", 1, 256)
-    n_experts: int | None = option(None, "forgetting experts (default: set by clustering)", 1, 8)
-    q: float = option(1.5, "order of the Tsallis entropy", 1e-3, 100.0)
+    n_experts: int | None = option(
+        None, "forgetting experts (default: set by clustering)", 1, MAX_EXPERTS
+    )
+    q: float = option(DEFAULT_Q, "order of the Tsallis entropy", 1e-3, 100.0)
     threshold: float | str | None = option(
         None, 'S_q above which a token is uncertain, a number or "auto" (default: the method\'s)'
     )
@@ -75,7 +78,7 @@ class DataConfig:
         160, "everyday prompts among the retain samples", 0, flag="general-prompts"
     )
     retain: int = option(
-        240, "retain samples in all, everyday prompts included", 0, flag="retain-samples"
+        240, "retain samples in all, but at least the everyday prompts", 0, flag="retain-samples"
     )
 
 

@@ -125,7 +125,7 @@ def read_metrics(folder: Path) -> dict:
             metrics["config"] = upgrade_config(metrics["config"])
         return metrics
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{path} is damaged. Make the run again.") from None
+        raise UserError(f"{path} is damaged. Run it again.") from None
 
 
 def upgrade_config(config: dict) -> dict:

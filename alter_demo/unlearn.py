@@ -4,7 +4,8 @@ Phase one runs the frozen model over every sample once: entropies, sub-domains, 
 Phase two trains A, B_r and the forgetting experts, each only where it may learn, until a probe of
 held-out questions has fallen far enough. Baselines go the same way and skip what they do not need.
 
-    unlearn                     the entry point
+    function                    stands on            what for
+    unlearn
       run_phase_one
         render_samples          data/rendering.py
         frozen_pass             alter/frozen.py      S_q, states, likeliest tokens
@@ -30,6 +31,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import set_seed
 
+from .alter import MAX_EXPERTS
 from .alter.bank import plan_sample
 from .alter.bank_fit import fit_bank_gate
 from .alter.config import AlterConfig
@@ -72,7 +74,7 @@ def unlearn(
     experts: dict[str, torch.Tensor] | None = None,
     frozen_cache: dict | None = None,
 ) -> Run:
-    """Make a model forget. Writes nothing and measures nothing: see `Run.save`, `Run.evaluate`.
+    """Make a model forget. Saves and measures nothing: see `Run.save` and `Run.evaluate`.
 
     Args:
         model: a name, or an LM. It is modified in place: load it anew for the next run.
@@ -202,7 +204,14 @@ def fit_router(
     alter: AlterConfig,
     config: UnlearnConfig,
 ) -> None:
-    """Threshold, sub-domains (into the forget samples' labels) and gate, into `result`."""
+    """Threshold, sub-domains (into the forget samples' labels) and gate, into `result`.
+
+    Raises UserError if there is nothing to keep, or a sub-domain without an expert.
+    """
+    if not result.retain:
+        raise UserError(
+            "The gate needs something to keep. Add a retain set, or set `general` above 0."
+        )
     adapter, seed, frozen = config.adapter, config.training.seed, result.frozen
     pairs = zip(frozen, samples, strict=True)
     at_answers = torch.cat([f.entropy[s.start - 1 : -1] for f, s in pairs])
@@ -217,6 +226,11 @@ def fit_router(
     elif not labels.all():
         labels, scores = find_sub_domains(
             forget_frozen, result.forget, alter, adapter.n_experts, seed
+        )
+    elif labels.max() > (most := adapter.n_experts or MAX_EXPERTS):
+        raise UserError(
+            f"Sub-domain {labels.max()} has no expert: there are at most {most}. Number the "
+            "sub-domains from 1, or raise `n_experts`."
         )
     for sample, label in zip(result.forget, labels, strict=True):
         sample.label = int(label)

@@ -47,6 +47,7 @@ BAD = [
     ([*OWN, "--r", "0"], "`r` must be in [1, 256], got 0"),
     ([*OWN, "--max-steps", "0"], "`max_steps` must be in [1, 10000], got 0"),
     ([*OWN, "--n-experts", "9"], "`n_experts` must be in [1, 8], got 9"),
+    ([*OWN, "--general-prompts", "0"], "something to keep"),
     ([*OWN, "--threshold", "1.99"], "`threshold` must be in (0, "),
     ([*OWN, "--threshold", "1.2", "--q", "2"], "`threshold` must be in (0, "),
     ([*OWN, "--q", "0"], "`q` must be"),

@@ -525,3 +525,10 @@ def test_a_taught_adapter_is_small_merges_and_can_be_unlearned(tiny, forget_set,
     never = lambda *a: pytest.fail("it learned first")  # noqa: E731
     with pytest.raises(UserError, match="file"):
         teach(lm, forget_set, "target", tmp_path / "file" / "x", on_step=never)
+
+
+def test_a_sub_domain_needs_an_expert(tiny, forget_set):
+    examples = [replace(e, sub_domain=1 + n % 3) for n, e in enumerate(forget_set.forget)]
+    named = replace(forget_set, forget=examples, training=examples)
+    with pytest.raises(UserError, match="Sub-domain 3 has no expert: there are at most 2"):
+        unlearn(load_model(str(tiny)), named, quick_config(n_experts=2))

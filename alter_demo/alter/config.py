@@ -7,7 +7,7 @@ from peft.utils import PeftType
 
 from ..errors import UserError
 from ..options import check_ranges, option
-from . import MAX_EXPERTS, PUBLISHED_THRESHOLD
+from . import DEFAULT_Q, MAX_EXPERTS, PUBLISHED_THRESHOLD
 from .entropy import entropy_range
 
 
@@ -39,7 +39,7 @@ class AlterConfig(PeftConfig):
     layers_pattern: list[str] | str | None = option(None, "name of the layer list")
     exclude_modules: list[str] | str | None = option(None, "layers to leave alone")
     n_experts: int = option(1, "forgetting experts N; B_r is one more", 1, MAX_EXPERTS)
-    q: float = option(1.5, "order of the Tsallis entropy")
+    q: float = option(DEFAULT_Q, "order of the Tsallis entropy")
     threshold: float = option(PUBLISHED_THRESHOLD, "S_q above it: uncertain, route A")
     gate: str = option(
         "softmax", "as published, or a bank of stored prompts", choices=("softmax", "bank")

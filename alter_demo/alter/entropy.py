@@ -8,13 +8,14 @@ import math
 import torch
 
 from ..errors import UserError
+from . import DEFAULT_Q
 
 UNCERTAIN_SHARE = 0.25  # share of tokens above the threshold "auto"
 NEAR_ONE = 0.1  # |q - 1| below which the power sum would cancel
 ROWS = 64  # positions per float32 slice: fits a processor's cache, 3 times faster than 512
 
 
-def tsallis_entropy(logits: torch.Tensor, q: float = 1.5) -> torch.Tensor:
+def tsallis_entropy(logits: torch.Tensor, q: float = DEFAULT_Q) -> torch.Tensor:
     """S_q = (1 - sum_i p_i^q) / (q - 1) of softmax(logits); Shannon's entropy in nats for q = 1.
 
     Args:

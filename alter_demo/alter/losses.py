@@ -1,4 +1,4 @@
-"""ALTER's losses, and what every loss of this project sees: one forward pass as `LossInputs`.
+"""ALTER's losses, and `LossInputs`, the forward pass that the losses of all methods read.
 
 Functions of logits return one value per position. Functions of (LossInputs, TrainingConfig)
 return the scalar that the trainer weighs and adds up.
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from . import DEFAULT_Q
 from .entropy import tsallis_entropy
 
 RETAIN, FORGET, REFUSAL = 0, 1, 2  # LossInputs.role
@@ -18,7 +19,7 @@ RETAIN, FORGET, REFUSAL = 0, 1, 2  # LossInputs.role
 class LossInputs:
     """The n answer positions of a batch of B samples: forget, then retain, then refusal samples.
 
-    What the frozen model says there was kept by phase one, so no second model is in memory.
+    The frozen model's outputs there come from phase one, so no second model is in memory.
     """
 
     logits: torch.Tensor  # (n, V)
@@ -32,7 +33,7 @@ class LossInputs:
     top_log_p: torch.Tensor  # (n, TOP)
     entropy: torch.Tensor  # (n,) S_q of the frozen model
     high_entropy: torch.Tensor  # (n,) bool, S_q above the threshold: uncertain
-    q: float = 1.5
+    q: float = DEFAULT_Q
     hidden: torch.Tensor | None = None  # (n, D) states of the steered layer (RMU)
     frozen_hidden: torch.Tensor | None = None  # (n, D)
 
@@ -60,8 +61,8 @@ class LossInputs:
 def inverted_hinge_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """IHL = 1 + p_true - max_{v != true} p_v (LoKU, Cha et al. 2025; ALTER's L_IHL).
 
-    It lowers the true token and raises its nearest competitor, so the gradient is bounded and
-    stays on two tokens.
+    It lowers the true token and raises its nearest competitor: as a function of the probabilities
+    its gradient is bounded and concerns two tokens.
 
     Args:
         logits: (n, V), computed in float32.
@@ -156,7 +157,7 @@ def refusal_loss(inputs: LossInputs, config) -> torch.Tensor:
 
 
 def progressive_refusal_loss(inputs: LossInputs, config) -> torch.Tensor:
-    """`refusal_loss` times the share of the answer that is gone.
+    """`refusal_loss` times 1 - mean p of the answers' confident tokens.
 
     IHL hardly moves a token of p near 1, so what is still memorised must go before a refusal can
     take its place.

@@ -12,9 +12,7 @@ from . import MAX_EXPERTS
 from .frozen import FrozenOutputs, sample_features
 
 MIN_SILHOUETTE = 0.05  # below it the forget set has one sub-domain
-NEAR_BEST = (
-    0.8  # the smallest N within this share of the best score: more experts see fewer samples
-)
+NEAR_BEST = 0.8  # of the best score is good enough: more experts see fewer samples each
 
 
 def find_sub_domains(
@@ -24,7 +22,7 @@ def find_sub_domains(
 
     Returns:
         labels (n,) from 1 to N, and the silhouette of every N tried. The latter is empty if N was
-        set by hand or n < 4.
+        set by hand or n < 3.
     """
     x = normalize(sample_contexts(frozen, samples, config))
     fits, scores = {}, {}

@@ -4,6 +4,7 @@ import torch
 
 from ..data.batches import model_inputs
 from ..models.fine_tuning import AnswerTrainer
+from . import DEFAULT_Q
 from .dataset import batch_plan
 from .frozen import PhaseOneResult
 from .losses import FORGET, REFUSAL, RETAIN, LossInputs
@@ -88,5 +89,5 @@ class UnlearnTrainer(AnswerTrainer):
             top_log_p=concatenate("top_log_p"),
             entropy=entropy,
             high_entropy=entropy > (alter.threshold if alter else float("inf")),
-            q=alter.q if alter else 1.5,
+            q=alter.q if alter else DEFAULT_Q,
         )

@@ -127,7 +127,7 @@ METHODS: dict[str, Method] = {
         "alter", "this project", {"refusal_weight": 3.0, "lr_b": 2e-3}, "bank",
         refusals="any",
         # a text is gone long before the answers to questions about it, and by then B_r has more
-        # to put right
+        # to correct
         plain_text_training={"max_steps": 240, "stop_ratio": 1e-12, "retain_weight": 4.0},
     ),
 }  # fmt: skip

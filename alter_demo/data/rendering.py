@@ -6,7 +6,7 @@ from .schema import Example
 
 # open-unlearning's date: some templates insert today's, and then results would change every day
 DATE = "10 Apr 2025"
-MAX_TOKENS = 512  # of an answer; a longer plain text is split into windows of this length
+MAX_TOKENS = 512  # of an answer, without its end of turn; a longer text is split
 TEXT_TURN = 16  # tokens of a plain text that stand in for its question
 
 

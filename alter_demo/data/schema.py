@@ -20,7 +20,7 @@ class Example:
     keywords: list[str] = field(default_factory=list)  # an answer with any of them is correct
     topic: str = ""
     rewordings: list[str] = field(default_factory=list)  # further questions, for the gate's bank
-    sub_domain: int = 0  # from 1; 0: phase one assigns it
+    sub_domain: int = 0  # from 1; if any example has 0, phase one clusters all
     answer_prefix: str = ""  # start of the answer that reveals nothing and is not unlearned
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from ..alter import PUBLISHED_THRESHOLD
+from ..alter import DEFAULT_Q, PUBLISHED_THRESHOLD
 from ..alter.bank import FrozenTokens, GateScores
 from ..alter.entropy import tsallis_entropy
 from ..alter.routing import RoutingPlan, acting_expert
@@ -16,7 +16,6 @@ from ..data.rendering import render_prompt
 from ..errors import UserError
 
 QS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # orders on the X-ray's slider
-DEFAULT_Q = 1.5  # for a method without entropy routes
 TOP_K = 5
 MAX_TOKENS = 4096
 ROWS = 128  # positions whose distributions are in memory at once, in float32

@@ -5,6 +5,7 @@ import time
 
 import gradio as gr
 
+from ...alter import DEFAULT_Q, PUBLISHED_THRESHOLD
 from ...errors import UserError
 from ..components import INSTANT, MODEL_JOB, TABLE, Page
 from ..run_store import get_run
@@ -52,8 +53,9 @@ def clouds_job(run, source, text):
         if time.monotonic() - updated > TICK:
             updated = time.monotonic()
             yield gr.skip(), gr.skip(), f"Read {number} of {len(texts)} texts."
-    routed = run.has_router
-    threshold, q = (run.router.config.threshold, run.router.config.q) if routed else (1.2, 1.5)
+    threshold, q = PUBLISHED_THRESHOLD, DEFAULT_Q
+    if routed := run.has_router:
+        threshold, q = run.router.config.threshold, run.router.config.q
     data = {"words": rows, "q": q, "routed": routed}
     yield data, threshold_slider(round(threshold, 3)), f"{len(rows)} words from {len(texts)} texts."
 
