@@ -29,6 +29,9 @@ class AdapterConfig:
         None, 'S_q above which a token is uncertain, a number or "auto" (default: the method\'s)'
     )
     router_input: str = option("context", "what the gate reads", choices=("context", "entropy"))
+    feature_layer: int | None = option(
+        None, "hidden state that the gate reads (default: at 1/5 of the depth, or 5/6)", 0
+    )
     layers: str = option("all", "layers to adapt", choices=LAYERS)
     entropy_mask: bool = option(True, "false: no token counts as uncertain, A learns from all")
     isolation: bool = option(True, "false: A and every expert learn wherever they act")

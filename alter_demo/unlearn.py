@@ -164,8 +164,7 @@ def run_phase_one(
     retain = [*parts["retain"], *parts["general"]]
     result = PhaseOneResult(frozen, parts["forget"], retain, [], {}, steering_layer=layer)
     if method.trainable.routed:
-        callback.on_stage("phase one: sub-domains and gate", 0.0)
-        fit_router(lm, result, samples, forget_set, alter, config)
+        fit_router(lm, result, samples, forget_set, alter, config, callback)
     # after the gate is fitted: "I don't know" says nothing about the topic
     result.refusals = render_refusals(lm, forget_set, result.forget, config, rng)
     if result.refusals:
@@ -203,6 +202,7 @@ def fit_router(
     forget_set: ForgetSet,
     alter: AlterConfig,
     config: UnlearnConfig,
+    callback: Callback,
 ) -> None:
     """Threshold, sub-domains (into the forget samples' labels) and gate, into `result`.
 
@@ -212,6 +212,11 @@ def fit_router(
         raise UserError(
             "The gate needs something to keep. Add a retain set, or set `general` above 0."
         )
+
+    def progress(done: int, total: int) -> None:
+        callback.on_stage("phase one: sub-domains and gate", done / total)
+
+    progress(0, 1)
     adapter, seed, frozen = config.adapter, config.training.seed, result.frozen
     pairs = zip(frozen, samples, strict=True)
     at_answers = torch.cat([f.entropy[s.start - 1 : -1] for f, s in pairs])
@@ -238,7 +243,7 @@ def fit_router(
     if not get_method(config.method).uses_entropy:
         alter.top_k = 1 + alter.n_experts
     if alter.gate == "bank":
-        gate_report = fit_bank_gate(lm, result, samples, forget_set, alter, seed)
+        gate_report = fit_bank_gate(lm, result, samples, forget_set, alter, seed, progress)
     else:
         result.gate, gate_report = fit_gate(frozen, samples, alter, seed)
     if not adapter.router:

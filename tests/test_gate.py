@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 from alter_demo.alter import bank_fit
 from alter_demo.alter.bank import (
-    MIN_EVIDENCE,
     SHUT,
     Bank,
     FrozenTokens,
@@ -20,13 +19,15 @@ from alter_demo.alter.bank import (
     window_means,
 )
 from alter_demo.alter.config import AlterConfig
+from alter_demo.alter.frozen import frozen_pass, gate_states
 from alter_demo.alter.routing import affine
 from alter_demo.callbacks import CallbackList
 from alter_demo.cli.main import main
 from alter_demo.data.rendering import render
 from alter_demo.errors import UserError
 from alter_demo.experiments.figures import gate_roc
-from alter_demo.experiments.gate import fitted_gate, open_rates, read_prompts, score_prompts
+from alter_demo.experiments.gate import open_rates, prepare_gate, read_prompts, score_prompts
+from alter_demo.experiments.tables import gate_rates
 from alter_demo.models.loading import load_model
 from alter_demo.run import load_run
 from alter_demo.unlearn import unlearn
@@ -48,7 +49,9 @@ def opened(ids, slow, fast=None):
 
 
 def test_running_text_opens_and_closes_with_its_windows():
-    assert opened([OTHER] * 5, [-1, 1, 1, 1, -1], [1, -1, 1, -1, 1]) == [0, 0, 1, 0, 0]
+    slow, fast = [-1, 1, 1, 1, -1, -1, -1], [1, -1, 1, -1, 1, 1, -1]
+    assert opened([OTHER] * 7, slow, fast) == [0, 0, 1, 0, 0, 0, 0]
+    assert opened([OTHER] * 7, [-1, 1, -1, -1, -1, -1, -1], fast[::-1]) == [0, 1, 1, 0, 0, 0, 0]
 
 
 def test_an_answer_stays_as_the_question_decided_and_may_only_open():
@@ -69,7 +72,7 @@ def test_the_end_of_an_answer_starts_a_new_turn():
 def random_bank(dim=8, hidden=16):
     torch.manual_seed(0)
     entries = [torch.nn.functional.normalize(torch.randn(n, dim), dim=-1) for n in (6, 9)]
-    return Bank(torch.rand(100) * 6, torch.randn(dim, hidden + 1) / 4, *entries)
+    return Bank(torch.rand(100), torch.randn(dim, hidden + 1) / 4, *entries)
 
 
 @pytest.mark.parametrize("cuts", [[7], [1, 2, 3], [4, 5, 30]])
@@ -106,12 +109,13 @@ def test_pieces_and_left_padding_decide_as_the_whole_text(cuts):
 
 def test_the_gate_stays_shut_until_it_has_read_enough():
     bank, gate = random_bank(), torch.zeros(3, 9)
-    bank.token_weights[:] = MIN_EVIDENCE / 3
+    bank.token_weights[:] = 1.0
     ids = torch.full((1, 6), 7)
     tokens = FrozenTokens(torch.randn(1, 6, 16), torch.rand(1, 6), torch.ones_like(ids), ids)
     means, evidence, _ = window_means(bank.token_weights, tokens)
-    score = gate_scores(bank, affine(means, bank.projection), evidence, gate).score[0]
-    assert (score[:3] == SHUT).all() and (score[3:] > SHUT).all()
+    contexts = affine(means, bank.projection)
+    score = gate_scores(bank, contexts, evidence, gate, min_evidence=2.5).score[0]
+    assert (score[:2] == SHUT).all() and (score[2:] > SHUT).all()  # 1, 1.93, 2.79
 
 
 def test_token_weights_know_nothing_of_the_forget_set(tiny):
@@ -128,10 +132,10 @@ def test_token_weights_know_nothing_of_the_forget_set(tiny):
 @pytest.fixture(scope="module")
 def fitted(tiny, forget_set):
     lm = load_model(str(tiny))
-    return lm, *fitted_gate(lm, forget_set, 0, CallbackList())
+    return lm, *prepare_gate(lm, forget_set, {}, CallbackList())
 
 
-def test_what_was_stored_opens_the_fitted_gate_and_little_else_does(fitted):
+def test_what_was_stored_opens_the_gate_and_little_else_does(fitted):
     lm, gate, _ = fitted
     report = gate.report["router"]
     assert report["forget_open_at_answer"] == 1.0
@@ -139,19 +143,19 @@ def test_what_was_stored_opens_the_fitted_gate_and_little_else_does(fitted):
     rows = [{"prompt": e.question, "group": "stored"} for e in OWN_FORGET]
     scores = score_prompts(lm, gate, rows)
     assert open_rates(scores)["stored"]["open"] == 1.0
-    kept = score_prompts(lm, gate, [{"prompt": e.question} for e in OWN_RETAIN])
-    assert open_rates(kept)[""]["open"] < 0.5  # random states tell little apart
+    kept = score_prompts(lm, gate, [{"prompt": e.question, "group": "kept"} for e in OWN_RETAIN])
+    assert open_rates(kept)["kept"]["open"] < 0.5  # random states tell little apart
     assert min(s["forget_similarity"] for s in scores) > 0.8
     assert max(s["forget_index"] for s in scores) < len(gate.bank.forget)
 
 
 def test_rewordings_are_stored_and_not_trained_on(tiny, forget_set):
     lm = load_model(str(tiny))
-    plain = fitted_gate(lm, forget_set, 0, CallbackList())[0]
+    plain = prepare_gate(lm, forget_set, {}, CallbackList())[0]
     example = forget_set.forget[0]
     example.rewordings.append("Which paint was used on the entrance of house 0?")
     try:
-        more = fitted_gate(lm, forget_set, 0, CallbackList())[0]
+        more = prepare_gate(lm, forget_set, {}, CallbackList())[0]
     finally:
         example.rewordings.clear()
     assert len(more.bank.forget) == len(plain.bank.forget) + 2  # at two thirds and at the end
@@ -217,11 +221,37 @@ def test_the_gate_command(tiny, own_data, few, tmp_path, capsys):
     assert result["rates"]["stored"]["open"] == 1.0
     assert [p["prompt"] for p in result["prompts"]] == [r["prompt"] for r in rows]
     assert result["prompts"][0]["open"] is True and result["prompts"][0]["group"] == "mine"
-    assert main([*base, "--roc", str(tmp_path / "roc.html")]) == 0
+    assert result["rates"]["mine"]["prompts"] == 1 and "" not in result["rates"]
+    stored = ["--results", str(tmp_path / "gate.json"), "--feature-layer", "0"]
+    assert main([*base, "--roc", str(tmp_path / "roc.html"), *stored]) == 0
+    runs = json.loads((tmp_path / "gate.json").read_text())["runs"]
+    assert runs[0]["config"]["feature_layer"] == 0 and runs[0]["metrics"]["stored"] == 1.0
+    assert gate_rates({"runs": runs}).loc[str(own_data[0]), "prompts"].tolist()[0] == "stored"
     assert "[bold]" in capsys.readouterr().out
     assert "AUC" in (tmp_path / "roc.html").read_text()
     with pytest.raises(UserError, match="ROC"):
         gate_roc([{"expected": "open", "score": 1.0}])
+
+
+def test_what_is_left_out_is_measured_and_not_stored(tiny, forget_set, fitted):
+    lm = load_model(str(tiny))
+    gate, prompts = prepare_gate(lm, forget_set, {}, CallbackList(), 2)
+    left = [p["prompt"] for p in prompts if p["expected"] == "open"]
+    assert left == [e.question for e in forget_set.forget][1::2]
+    assert [p["prompt"] for p in prompts if p["expected"] == "shut"] == [
+        e.question for e in forget_set.retain
+    ][1::2]
+    assert len(gate.bank.forget) == len(fitted[1].bank.forget) // 2
+    with pytest.raises(UserError, match=r"must be in \[2, "):
+        prepare_gate(lm, forget_set, {}, CallbackList(), 100)
+
+
+def test_every_retain_question_is_stored_trained_on_or_not(tiny, forget_set):
+    lm = load_model(str(tiny))
+    values = {"retain": 0, "general": 2}
+    gate = prepare_gate(lm, forget_set, values, CallbackList())[0]
+    assert gate.report["samples"]["retain"] == 0
+    assert len(gate.bank.retain) == 2 * (2 + len(forget_set.retain))
 
 
 def test_few_entries_get_few_components():
@@ -234,3 +264,17 @@ def test_few_entries_get_few_components():
     z = affine(x, projection)
     assert torch.allclose(z[:, kept].mean(0), torch.zeros(5), atol=1e-4)
     assert torch.allclose(z[:, kept].var(0, correction=0), torch.ones(5), atol=1e-2)
+
+
+def test_the_low_pass_gives_the_states_of_the_whole_pass(tiny):
+    lm = load_model(str(tiny))
+    samples = [render(lm.tokenizer, e)[0] for e in [*OWN_FORGET, *OWN_RETAIN]]
+    layers = lm.model.config.num_hidden_layers
+    for layer in (0, 1, layers):
+        whole = frozen_pass(lm, samples, AlterConfig(feature_layer=layer, gate="bank"))
+        low = gate_states(lm, samples, layer)
+        pairs = zip(whole, low, strict=True)
+        assert all(torch.equal(outputs.hidden, states) for outputs, states in pairs)
+    hooks = [dict(m._forward_pre_hooks) for m in lm.model.modules()]
+    gate_states(lm, samples, 1)
+    assert hooks == [dict(m._forward_pre_hooks) for m in lm.model.modules()]

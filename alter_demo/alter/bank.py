@@ -2,12 +2,14 @@
 
 The linear gate of the paper draws one line between topics. This one stores a vector of every
 forget prompt and of every retain prompt. A token's context is a fading mean of whitened states of
-a low layer, in which rare tokens weigh more. Its score is
+a low layer, in which rare tokens weigh more. With the cosines f and r of the nearest stored forget
+and retain entry, and the topic's log odds t = log p(not r) / p(r), its score is
 
-    max_i cos(context, forget_i) - max_j cos(context, retain_j) + TOPIC_WEIGHT * topic
+    f (1 + TOPIC_WEIGHT t) - max(r, FLOOR)
 
-with the topic's log odds, log p(not r) / p(r), clipped to TOPIC_LIMIT. A fast window beside the
-slow one closes the gate again where a running text leaves the topic.
+in the better of two windows: a long one for the whole question, a short one so that text before
+the question does not drown it. A third, fast one closes the gate again where a running text leaves
+the topic.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from ..data.rendering import Sample
 from .frozen import FrozenOutputs, PhaseOneResult
 from .routing import RoutingPlan, affine, fading_mean, gate_features, plan_routes
 
-SLOW, FAST = 0.93, 0.6  # decay per token of the two windows
-TOPIC_WEIGHT, TOPIC_LIMIT = 0.1, 5.0  # a name alone must not outweigh the stored prompts
-MIN_EVIDENCE = 1.5  # token weight in the slow window below which the gate stays shut
+WINDOWS = 0.93, 0.8, 0.6  # decay per token of the long, the short and the fast window
+TOPIC_WEIGHT, TOPIC_LIMIT = 0.05, 5.0  # a name alone must not outweigh the stored prompts
+FLOOR = 0.6  # far from all that is stored, nothing opens the gate
 SHUT = -1e3  # score without evidence
 BANK_PARTS = ("token_weights", "projection", "forget", "retain")
 
@@ -52,8 +54,8 @@ class FrozenTokens(NamedTuple):
 class GateScores:
     """Why the gate decides as it does, for every token of a batch."""
 
-    score: torch.Tensor  # (B, T) of the slow window
-    fast: torch.Tensor  # (B, T) of the fast window
+    score: torch.Tensor  # (B, T) of the better window
+    fast: torch.Tensor  # (B, T) the same in the fast window, without the floor
     topic: torch.Tensor  # (B, T) log odds of "not r"
     forget_index: torch.Tensor  # (B, T) nearest stored forget entry
     forget_similarity: torch.Tensor  # (B, T) its cosine
@@ -62,17 +64,18 @@ class GateScores:
     opened: torch.Tensor | None = None  # (B, T) bool, the decision
 
 
-def window_means(token_weights: torch.Tensor, tokens: FrozenTokens, carry=(None, None)):
-    """Means of the slow and the fast window (2, B, T, D), token weight in the slow one (B, T).
+def window_means(token_weights: torch.Tensor, tokens: FrozenTokens, carry=None):
+    """Means (3, B, T, D) and token weights (3, B, T) of the windows.
 
-    The third value is the carry after the last token: that of `fading_mean` for both windows.
+    The third value is the carry after the last token: that of `fading_mean` for each window.
     """
     weights = tokens.mask.float()
     if tokens.ids is not None:
         weights = weights * token_weights[tokens.ids]
-    pairs = zip((SLOW, FAST), carry, strict=True)
-    slow, fast = (fading_mean(tokens.hidden, weights[..., None], *pair) for pair in pairs)
-    return torch.stack([slow[0], fast[0]]), slow[1][..., 0], (slow[2], fast[2])
+    pairs = zip(WINDOWS, carry or [None] * len(WINDOWS), strict=True)
+    parts = [fading_mean(tokens.hidden, weights[..., None], *pair) for pair in pairs]
+    means, weights, carry = zip(*parts, strict=True)
+    return torch.stack(means), torch.stack(weights)[..., 0], carry
 
 
 def topic_log_odds(z: torch.Tensor) -> torch.Tensor:
@@ -82,7 +85,7 @@ def topic_log_odds(z: torch.Tensor) -> torch.Tensor:
 
 def combine(forget, retain, topic):
     """The score from both similarities and the topic's log odds."""
-    return forget - retain + TOPIC_WEIGHT * topic.clamp(-TOPIC_LIMIT, TOPIC_LIMIT)
+    return forget * (1 + TOPIC_WEIGHT * topic.clamp(-TOPIC_LIMIT, TOPIC_LIMIT)) - retain
 
 
 def nearest(x: torch.Tensor, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,15 +95,21 @@ def nearest(x: torch.Tensor, entries: torch.Tensor) -> tuple[torch.Tensor, torch
     return (normalize(x, dim=-1) @ entries.T).max(-1)
 
 
-def gate_scores(bank: Bank, contexts, evidence, gate) -> GateScores:
-    """Scores from the contexts of both windows (2, B, T, P) and the linear gate (1 + N, P + 1)."""
-    topic = topic_log_odds(affine(contexts, gate))  # (2, B, T)
+def gate_scores(bank: Bank, contexts, evidence, gate, min_evidence: float) -> GateScores:
+    """Scores from the windows' contexts (3, B, T, P) and token weights (3, B, T).
+
+    Args:
+        gate: (1 + N, P + 1) the linear gate.
+        min_evidence: token weight of a window below which it does not count.
+    """
+    topic = topic_log_odds(affine(contexts, gate))  # (3, B, T)
     forget, forget_index = nearest(contexts, bank.forget)
     retain, retain_index = nearest(contexts, bank.retain)
-    score = combine(forget, retain, topic)
-    slow = torch.where(evidence < MIN_EVIDENCE, SHUT, score[0])
-    parts = forget_index[0], forget[0], retain_index[0], retain[0]
-    return GateScores(slow, score[1], topic[0], *parts)
+    score = combine(forget, retain.clamp_min(FLOOR), topic)[:-1]
+    score, window = torch.where(evidence[:-1] < min_evidence, SHUT, score).max(0)
+    fast = combine(forget, retain, topic)[-1]
+    parts = topic, forget_index, forget, retain_index, retain
+    return GateScores(score, fast, *(part.gather(0, window[None])[0] for part in parts))
 
 
 def plan_tokens(config, gate, bank: Bank | None, tokens: FrozenTokens, force=None, carry=None):
@@ -115,28 +124,40 @@ def plan_tokens(config, gate, bank: Bank | None, tokens: FrozenTokens, force=Non
     if bank is None:
         x, carry = gate_features(hidden, entropy, mask, config, carry)
         return plan_routes(x, entropy, mask, gate, config, force), carry
-    windows, decision = carry or ((None, None), None)
+    windows, decision = carry or (None, (None, None))
     means, evidence, windows = window_means(bank.token_weights, tokens, windows)
     contexts = affine(means, bank.projection)
-    scores = gate_scores(bank, contexts, evidence, gate)
+    scores = gate_scores(bank, contexts, evidence, gate, config.gate_evidence)
     scores.opened, decision = decide(scores, ids, mask, config, decision)
     plan = plan_routes(contexts[0], entropy, mask, gate, config, force, scores)
     return plan, (windows, decision)
 
 
-def decide(scores: GateScores, ids, mask, config, carry=None):
+def decide(scores: GateScores, ids, mask, config, carry=(None, None)):
     """Where the gate is open, (B, T) bool, and the carry.
 
-    In running text the slow window opens the gate, and the fast one closes it. Inside an answer it
-    is open if it was open anywhere since the last answer, and it may only open.
-
-    Args:
-        carry: (inside an answer (B,), opened since the last answer (B,), last ids (B, m - 1)).
+    In running text it opens where the score crosses the threshold, and stays open until the fast
+    window turns to what stays. Inside an answer it is open if the score crossed the threshold
+    anywhere since the last answer, and it may only open.
     """
     crossed = (scores.score > config.gate_threshold) & mask.bool()
-    running = crossed & (scores.fast > min(0.0, config.gate_threshold))
-    if ids is None or not config.answer_marker:
-        return running, None
+    closes = (scores.fast < min(0.0, config.gate_threshold)) & mask.bool()
+    was_open, answers = carry
+    if was_open is None:
+        was_open = torch.zeros_like(crossed[:, 0])
+    running = last_step(crossed & ~closes, was_open) > last_step(closes, ~was_open)
+    decision = running[:, 1:]
+    if ids is not None and config.answer_marker:
+        inside, opened, answers = follow_answers(crossed, ids, mask, config, answers)
+        decision = torch.where(inside, opened, decision)
+    return decision, (running[:, -1], answers)
+
+
+def follow_answers(crossed: torch.Tensor, ids, mask, config, carry=None):
+    """Which tokens are inside an answer, and whether `crossed` held since the last answer, (B, T).
+
+    The third value is the carry: both at the last token (B,), and the last ids (B, m - 1).
+    """
     batch, length = ids.shape
     marker = torch.tensor(config.answer_marker, device=ids.device)
     if carry is None:
@@ -146,20 +167,23 @@ def decide(scores: GateScores, ids, mask, config, carry=None):
     recent = torch.cat([carry[2], ids.masked_fill(mask == 0, -1)], 1)
     starts = (recent.unfold(1, len(marker), 1) == marker).all(-1)  # (B, T)
     ends = (ids == config.end_token) & mask.bool()
-    steps = torch.arange(1, length + 1, device=ids.device).expand(batch, length)
-
-    def last(events: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-        """(B, T + 1) step of the last event so far, 0: before these tokens, -1: never."""
-        first = torch.where(before, 0, -1)[:, None]
-        return torch.cat([first, torch.where(events, steps, -1)], 1).cummax(1).values
-
-    started, ended = last(starts, carry[0]), last(ends, ~carry[0])
-    inside = started > ended
+    inside = last_step(starts, carry[0]) > last_step(ends, ~carry[0])
     # an answer's end starts the next turn: what was open before counts no more
-    resets = ends & inside[:, :-1]
-    opened = last(crossed, carry[1]) > last(resets, torch.zeros_like(carry[1]))
-    decision = torch.where(inside[:, 1:], opened[:, 1:], running)
-    return decision, (inside[:, -1], opened[:, -1], recent[:, length:])
+    resets = last_step(ends & inside[:, :-1], torch.zeros_like(carry[1]))
+    opened = last_step(crossed, carry[1]) > resets
+    return inside[:, 1:], opened[:, 1:], (inside[:, -1], opened[:, -1], recent[:, length:])
+
+
+def last_step(events: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """(B, T + 1) step of the last event so far; 0: `before` these tokens, -1: never.
+
+    Args:
+        events: (B, T) bool, of the steps 1 to T.
+        before: (B,) bool.
+    """
+    steps = torch.arange(1, events.shape[1] + 1, device=events.device)
+    first = torch.where(before, 0, -1)[:, None]
+    return torch.cat([first, torch.where(events, steps, -1)], 1).cummax(1).values
 
 
 def plan_sample(frozen: FrozenOutputs, sample: Sample, result: PhaseOneResult) -> RoutingPlan:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,98 +11,135 @@ from sklearn.model_selection import StratifiedGroupKFold
 from torch.nn.functional import normalize
 
 from ..data.rendering import Sample, render, render_prompt
-from ..data.schema import ForgetSet
+from ..data.schema import Example, ForgetSet
 from ..models.loading import LM
-from .bank import (
-    MIN_EVIDENCE,
-    SHUT,
-    Bank,
-    FrozenTokens,
-    combine,
-    nearest,
-    topic_log_odds,
-    window_means,
-)
-from .frozen import FrozenOutputs, PhaseOneResult, frozen_pass
+from .bank import SHUT, Bank, FrozenTokens, gate_scores, topic_log_odds, window_means
+from .config import AlterConfig
+from .frozen import PhaseOneResult, gate_states
 from .gate import common_prefix, fit_classes
 from .routing import affine
 
 MAX_LEAK = 0.02  # share of retain samples that open the calibrated gate
+MAX_KEPT = 4000  # retain questions that are stored
 PASSAGE = 16  # tokens between two stored entries of a plain text
 TOPIC_TOKENS = 40_000  # contexts that the topic score is fitted on
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # C of the logistic regression
 FOLDS = 3
 PER_COMPONENT = 4  # stored entries for each component of the projection
+MIN_EVIDENCE = 2.5  # token weight in a window before it counts, if stored prompts reach it
 MARGIN = 1e-3  # of the threshold below the lowest stored prompt that must open the gate
 
 
 def fit_bank_gate(
-    lm: LM, result: PhaseOneResult, samples: list[Sample], forget_set: ForgetSet, alter, seed: int
+    lm: LM,
+    result: PhaseOneResult,
+    samples: list[Sample],
+    forget_set: ForgetSet,
+    alter: AlterConfig,
+    seed: int,
+    progress=None,
 ) -> dict:
     """The gate with a bank, into `result` and `alter`; returns its report."""
-    tokenizer = lm.tokenizer
-    examples = [e for e in forget_set.training_examples for _ in render(tokenizer, e)]
-    label_of = {e.question: s.label for e, s in zip(examples, result.forget, strict=True)}
-    stored = []  # other wordings, which are stored but not trained on
-    for example in [*forget_set.training_examples, *forget_set.retain]:
-        for question in example.rewordings:
-            sample = render(tokenizer, replace(example, question=question, answer=""))[0]
-            sample.label = label_of.get(example.question, 0)
-            stored.append(sample)
-    stored = list({tuple(s.ids): s for s in stored}.values())
-    frozen = [*result.frozen, *frozen_pass(lm, stored, alter)]
+    stored = further_prompts(lm.tokenizer, samples, result.forget, forget_set)
+    states = [outputs.hidden for outputs in result.frozen]
+    states += gate_states(lm, stored, alter.feature_layer, progress)
     vocab_size = lm.model.config.get_text_config().vocab_size
-    fit = fit_bank(frozen, [*samples, *stored], alter, vocab_size, seed)
-    result.bank, result.gate, alter.gate_threshold, report = fit
-    alter.bank_forget, alter.bank_retain = len(result.bank.forget), len(result.bank.retain)
-    alter.answer_marker = answer_marker(tokenizer)
-    alter.end_token = tokenizer.eos_token_id
+    result.bank, result.gate, report = fit_bank(
+        states, [*samples, *stored], alter, vocab_size, seed
+    )
+    alter.answer_marker = answer_marker(lm.tokenizer)
+    alter.end_token = lm.tokenizer.eos_token_id
     return report
 
 
-def fit_bank(
-    frozen: list[FrozenOutputs], samples: list[Sample], config, vocab_size: int, seed: int
-) -> tuple[Bank, torch.Tensor, float, dict]:
-    """Fit the bank, the linear gate on its contexts, and the threshold.
+def further_prompts(
+    tokenizer, samples: list[Sample], forget: list[Sample], forget_set: ForgetSet
+) -> list[Sample]:
+    """Prompts that are stored and not trained on: rewordings, and what else is to be kept.
 
     Args:
+        samples: those that are trained on, which need not be rendered again.
+        forget: the samples of `forget_set.training_examples`.
+    """
+    examples = [e for e in forget_set.training_examples for _ in render(tokenizer, e)]
+    label_of = {e.question: s.label for e, s in zip(examples, forget, strict=True)}
+    kept = [e for e in forget_set.retain if e.question][:MAX_KEPT]
+    questions = {e.question: 0 for e in kept}
+    for example in [*forget_set.training_examples, *kept]:
+        label = label_of.get(example.question, 0)
+        questions |= dict.fromkeys(example.rewordings, label)
+    trained = {tuple(s.ids[: s.turn]) for s in samples}
+    prompts = []
+    for question, label in questions.items():
+        sample = render(tokenizer, Example(question, ""))[0]
+        sample.label = label
+        if tuple(sample.ids[: sample.turn]) not in trained:
+            prompts.append(sample)
+    return prompts
+
+
+def fit_bank(
+    states: list[torch.Tensor], samples: list[Sample], config, vocab_size: int, seed: int
+) -> tuple[Bank, torch.Tensor, dict]:
+    """Fit the bank and the linear gate on its contexts; threshold and sizes go into `config`.
+
+    Args:
+        states: (T, D) of each sample, what the gate reads.
         samples: label 0 for what stays, d for sub-domain d.
     Returns:
-        The bank, gate (1 + N, P + 1), threshold, and a report: the shares of forget and of retain
-        samples that open the gate.
+        The bank, gate (1 + N, P + 1), and a report: the shares of forget and of retain samples
+        that open the gate.
     """
     prefix = common_prefix([s.ids for s in samples])
     labels = np.array([s.label for s in samples])
     groups = prompt_groups(samples)
+    bank, owners = store_entries(states, samples, groups, prefix, config, vocab_size)
+    # the contexts of all windows would not fit: they are computed where they are needed
+    windows = partial(sample_windows, bank.token_weights, bank.projection)
+    long = [windows(*pair)[0][0] for pair in zip(states, samples, strict=True)]
+    gate, fold_gates = fit_topic(long, labels, groups, prefix, config.n_experts, seed)
+    pairs = [pair for pair in zip(states, samples, strict=True) if pair[1].label]
+    evidence = [windows(*pair)[1][0, : pair[1].turn].max().item() for pair in pairs]
+    config.gate_evidence = min(MIN_EVIDENCE, float(np.quantile(evidence, MAX_LEAK)))
+    peaks = []
+    for own, sample, group, fold_gate in zip(states, samples, groups, fold_gates, strict=True):
+        # without its own entries, and by a topic score that was fitted without it
+        others = replace(bank, retain=bank.retain[torch.from_numpy(owners != group)])
+        scores = gate_scores(others, *windows(own, sample), fold_gate, config.gate_evidence).score
+        # the whole sample if it must stay; up to the answer if it must open there
+        end = sample.turn if sample.label and sample.start > 1 else len(scores)
+        peaks.append(scores[:end].max().item())
+    forget, retain = np.array(peaks)[labels > 0], np.array(peaks)[labels == 0]
+    config.gate_threshold = threshold = choose_threshold(forget, retain)
+    config.bank_forget, config.bank_retain = len(bank.forget), len(bank.retain)
+    return (
+        bank,
+        gate,
+        {
+            "threshold": round(threshold, 4),
+            "stored": [len(bank.forget), len(bank.retain)],
+            "forget_open_at_answer": float((forget > threshold).mean()),
+            "retain_open_anywhere": float((retain > threshold).mean()),
+        },
+    )
+
+
+def store_entries(
+    states, samples: list[Sample], groups: np.ndarray, prefix: int, config, vocab_size: int
+) -> tuple[Bank, np.ndarray]:
+    """The bank, and the group that each of its retain entries belongs to."""
     weights = token_weights([s for s in samples if not s.label], vocab_size)
-    pairs = zip(frozen, samples, strict=True)
-    means, evidence = zip(*(sample_means(weights, *pair) for pair in pairs), strict=True)
-    first = np.unique(groups, return_index=True)[1]  # a prompt is stored once
-    rows = [(i, t) for i in sorted(first) for t in entry_positions(samples[i], prefix)]
-    owners = np.array([i for i, _ in rows])
-    entries, goes = torch.stack([means[i][t] for i, t in rows]), labels[owners] > 0
+    means, labels, owners = [], [], []
+    for i in sorted(np.unique(groups, return_index=True)[1]):  # a prompt is stored once
+        own = sample_means(weights, states[i], samples[i])[0][0]
+        for t in entry_positions(samples[i], prefix):
+            means.append(own[t])
+            labels.append(samples[i].label)
+            owners.append(groups[i])
+    entries, goes = torch.stack(means), np.array(labels) > 0
     projection = round_to_half(whitening(entries, config.bank_dim))
     unit = round_to_half(normalize(affine(entries, projection), dim=-1))
-    bank = Bank(weights, projection, unit[goes], unit[~goes])
-    contexts = [affine(mean, projection) for mean in means]
-    gate, topics = fit_topic(contexts, labels, groups, prefix, config.n_experts, seed)
-    kept_groups, peaks = torch.from_numpy(groups[owners[~goes]]), []
-    for i, sample in enumerate(samples):
-        others = bank.retain[kept_groups != groups[i]]  # without its own entries
-        similarity = nearest(contexts[i], bank.forget)[0], nearest(contexts[i], others)[0]
-        score = torch.where(evidence[i] < MIN_EVIDENCE, SHUT, combine(*similarity, topics[i]))
-        # the whole sample if it must stay; up to the answer if it must open there
-        end = sample.turn if sample.label and sample.start > 1 else len(score)
-        peaks.append(score[:end].max().item())
-    forget, retain = np.array(peaks)[labels > 0], np.array(peaks)[labels == 0]
-    threshold = choose_threshold(forget, retain)
-    report = {
-        "threshold": round(threshold, 4),
-        "stored": [len(bank.forget), len(bank.retain)],
-        "forget_open_at_answer": float((forget > threshold).mean()),
-        "retain_open_anywhere": float((retain > threshold).mean()),
-    }
-    return bank, gate, threshold, report
+    return Bank(weights, projection, unit[goes], unit[~goes]), np.array(owners)[~goes]
 
 
 def prompt_groups(samples: list[Sample]) -> np.ndarray:
@@ -110,12 +148,18 @@ def prompt_groups(samples: list[Sample]) -> np.ndarray:
     return np.unique(keys, return_inverse=True)[1]
 
 
-def sample_means(weights: torch.Tensor, outputs: FrozenOutputs, sample: Sample):
-    """Means (T, D) and token weight (T,) of the slow window."""
+def sample_means(weights: torch.Tensor, states: torch.Tensor, sample: Sample):
+    """Means (3, T, D) and token weights (3, T) of the windows, from states (T, D)."""
     ids = torch.tensor([sample.ids])
-    tokens = FrozenTokens(outputs.hidden[None], outputs.entropy[None], torch.ones_like(ids), ids)
+    tokens = FrozenTokens(states[None], torch.zeros(ids.shape), torch.ones_like(ids), ids)
     means, evidence, _ = window_means(weights, tokens)
-    return means[0, 0], evidence[0]
+    return means[:, 0], evidence[:, 0]
+
+
+def sample_windows(weights, projection, states, sample: Sample):
+    """Contexts (3, T, P) and token weights (3, T) of the windows."""
+    means, evidence = sample_means(weights, states, sample)
+    return affine(means, projection), evidence
 
 
 def round_to_half(x: torch.Tensor) -> torch.Tensor:
@@ -174,7 +218,7 @@ def whitening(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def fit_topic(contexts, labels: np.ndarray, groups: np.ndarray, prefix: int, n_experts: int, seed):
-    """The linear gate, and every token's topic score from a fit without its sample.
+    """The linear gate, and for every sample one that was fitted without it.
 
     The penalty is the one that predicts other samples best. Where what goes and what stays are of
     one kind, that is a strong one, and the topic score says little.
@@ -185,7 +229,7 @@ def fit_topic(contexts, labels: np.ndarray, groups: np.ndarray, prefix: int, n_e
     index = np.array([i for i, _ in picks])
     x, y = torch.stack([contexts[i][t] for i, t in picks]).numpy(), labels[index]
     parts = [len(set(groups[part])) for part in (labels > 0, labels == 0)]
-    penalty, topics = PENALTIES[0], {}
+    penalty, without = PENALTIES[0], {}
     if min(*parts) >= 2:
         folds = StratifiedGroupKFold(min(FOLDS, *parts), shuffle=True, random_state=seed)
         folds = list(folds.split(x, y > 0, groups[index]))
@@ -198,11 +242,9 @@ def fit_topic(contexts, labels: np.ndarray, groups: np.ndarray, prefix: int, n_e
 
         penalty = min(PENALTIES, key=loss)
         for gate, (_, test) in zip(fits[penalty], folds, strict=True):
-            topics |= {i: topic_log_odds(affine(contexts[i], gate)) for i in set(index[test])}
+            without |= dict.fromkeys(index[test], gate)
     gate = fit_classes(x, y, n_experts, penalty)
-    rest = range(len(contexts))
-    return gate, [topics[i] if i in topics else topic_log_odds(affine(contexts[i], gate))
-                  for i in rest]  # fmt: skip
+    return gate, [without.get(i, gate) for i in range(len(contexts))]
 
 
 def topic_p(x: np.ndarray, gate: torch.Tensor) -> np.ndarray:

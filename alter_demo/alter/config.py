@@ -45,6 +45,7 @@ class AlterConfig(PeftConfig):
         "softmax", "as published, or a bank of stored prompts", choices=("softmax", "bank")
     )
     gate_threshold: float = option(0.0, "bank: score above which experts act")
+    gate_evidence: float = option(0.0, "bank: token weight below which experts do not act")
     bank_dim: int = option(128, "bank: dimensions of a stored prompt", 1, 4096)
     bank_forget: int = option(0, "bank: number of stored forget entries")
     bank_retain: int = option(0, "bank: number of stored retain entries")

@@ -11,6 +11,7 @@ import torch
 from ..data.batches import collate, length_batches, model_inputs
 from ..data.rendering import Sample
 from ..models.loading import LM
+from ..models.states import hidden_states
 from .config import AlterConfig
 from .entropy import tsallis_entropy
 from .routing import RoutingPlan, gate_features
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from .bank import Bank
 
 TOP = 64  # likeliest tokens kept per position for distillation
-FLOAT16_MAX = torch.finfo(torch.float16).max  # states are kept in float16; some models exceed it
+FLOAT16_MAX = torch.finfo(torch.float16).max
 BATCH_TOKENS = 4096
 
 
@@ -75,8 +76,7 @@ def batch_outputs(lm: LM, samples: list[Sample], config: AlterConfig) -> list[Fr
     batch = collate(samples, lm.tokenizer.pad_token_id, lm.device)
     out = lm.model(**model_inputs(batch), output_hidden_states=True, use_cache=False)
     entropy = tsallis_entropy(out.logits, config.q).cpu()
-    hidden = out.hidden_states[config.feature_layer]
-    hidden = hidden.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16).cpu()
+    hidden = to_half(out.hidden_states[config.feature_layer])
     result = []
     for row, sample in enumerate(samples):
         t, k = len(sample.ids), len(sample.ids) - sample.start
@@ -87,6 +87,24 @@ def batch_outputs(lm: LM, samples: list[Sample], config: AlterConfig) -> list[Fr
         states = hidden[row, -t:].clone()
         result.append(FrozenOutputs(states, entropy[row, -t:], *tops, own.cpu()))
     return result
+
+
+def gate_states(lm: LM, samples: list[Sample], layer: int, progress=None) -> list[torch.Tensor]:
+    """The states (T, D) of each sample that the gate reads, where nothing else is needed."""
+    result: list[torch.Tensor | None] = [None] * len(samples)
+    for indices in length_batches([len(s.ids) for s in samples], BATCH_TOKENS):
+        batch = collate([samples[i] for i in indices], lm.tokenizer.pad_token_id, lm.device)
+        states = to_half(hidden_states(lm.model, model_inputs(batch), layer))
+        for i, row in zip(indices, states, strict=True):
+            result[i] = row[-len(samples[i].ids) :].clone()
+        if progress:
+            progress(sum(states is not None for states in result), len(result))
+    return result
+
+
+def to_half(states: torch.Tensor) -> torch.Tensor:
+    """float16 on the CPU; some models have states that float16 cannot hold."""
+    return states.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16).cpu()
 
 
 def empty_outputs(samples: list[Sample]) -> list[FrozenOutputs]:

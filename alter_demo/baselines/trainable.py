@@ -8,6 +8,7 @@ from ..alter.config import AlterConfig
 from ..alter.frozen import PhaseOneResult
 from ..errors import UserError
 from ..models.loading import LM
+from ..options import check_value
 from .methods import get_method
 
 
@@ -114,11 +115,15 @@ def initial_alter_config(lm: LM, config, layer: int | None) -> AlterConfig:
     """The AlterConfig before the threshold and the number of experts are known."""
     text_config, adapter = lm.model.config.get_text_config(), config.adapter
     layers = text_config.num_hidden_layers
-    gate = get_method(config.method).gate
+    method = get_method(config.method)
+    gate = method.gate
     if adapter.router_input == "entropy":
         gate = "softmax"  # a bank stores contexts
     if gate == "bank":
         layer = max(1, round(layers / 5))  # low: what a prompt asks about, before it is answered
+    if adapter.feature_layer is not None and method.trainable.routed:
+        check_value("feature_layer", adapter.feature_layer, {"min": 0, "max": layers})
+        layer = adapter.feature_layer
     return AlterConfig(
         gate=gate,
         bank_dim=min(AlterConfig.bank_dim, text_config.hidden_size),
@@ -127,7 +132,7 @@ def initial_alter_config(lm: LM, config, layer: int | None) -> AlterConfig:
         threshold=1e-6,
         router_input=adapter.router_input,
         task_type="CAUSAL_LM",
-        feature_layer=layer or round(layers * 5 / 6),
+        feature_layer=round(layers * 5 / 6) if layer is None else layer,
         **layer_selection(adapter.layers, layers),
     )
 

@@ -159,28 +159,37 @@ def inspect(args) -> None:
     SEED,
     FORGET,
     argument("--prompts", type=Path, help="JSONL file: prompt, optionally expected and group"),
+    argument("--leave-out", type=int, default=0, metavar="N",
+             help="leave every n-th question out of the fit, and measure only those"),
+    argument("--feature-layer", type=int, help="hidden state to read (default: 1/5 of the depth)"),
     argument("--roc", type=Path, help="write the ROC curve as an HTML file"),
     argument("--json", action="store_true", help="print JSON"),
-)
+    argument("--results", type=Path, help="results file that keeps the rates, such as gate.json"),
+)  # fmt: skip
 def gate(args) -> None:
     """Fit the gate to a set, without training, and show which prompts open it."""
+    from ..data.built_in import shipped_adapters
     from ..data.forget_sets import load_forget_set
-    from ..experiments.gate import fitted_gate, open_rates, prompts_of, read_prompts, score_prompts
-    from ..models.target import load_target
+    from ..experiments.gate import open_rates, prepare_gate, read_prompts, score_prompts, store
+    from ..models.loading import load_model
 
     own = read_prompts(args.prompts) if args.prompts else []
     forget_set = load_forget_set(args.forget, args.retain)
+    adapter = args.adapter or shipped_adapters(forget_set.name, args.model).get("target")
+    values = {"seed": args.seed, "feature_layer": args.feature_layer}
     with TerminalCallback() as callback:
         callback.on_stage("loading the model", 0.0)
-        lm = load_target(args.model, forget_set, args.device, args.dtype, args.adapter)
-        fitted, forget_set = fitted_gate(lm, forget_set, args.seed, callback)
+        lm = load_model(args.model, args.device, args.dtype, adapter)
+        fitted, prompts = prepare_gate(lm, forget_set, values, callback, args.leave_out)
 
         def progress(done: int, total: int) -> None:
             callback.on_stage("scoring the prompts", done / total)
 
-        prompts = prompts_of(forget_set)
         scores = score_prompts(lm, fitted, [*prompts, *own], progress)
-    rates, own = open_rates(scores[: len(prompts)]), scores[len(prompts) :]
+    rates, own = open_rates(scores), scores[len(prompts) :]
+    if args.results:
+        config = {"forget": args.forget, "seed": args.seed, "leave_out": args.leave_out}
+        store(args.results, lm, fitted, rates, config, args.typed)
     if args.roc:
         from ..experiments.figures import gate_roc
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UserError
-from .built_in import plain_text_set, with_general_prompts
+from .built_in import plain_text_set, read_set, with_general_prompts
 from .files import make_example, read_file
 from .schema import Example, ForgetSet, paraphrased
 
@@ -38,14 +38,20 @@ def muse(split: str) -> ForgetSet:
     retain_questions = muse_part(split, "knowmem_retain_qa")
     training = probe = muse_part(split, "raw_forget", optional=True)
     retain = muse_part(split, "raw_retain1", optional=True) or retain_questions
-    holdout = []
+    holdout, unlearned = [], len(forget)  # questions
     if not training:
-        cut = len(forget) * 4 // 5
-        training, holdout = forget[:cut], forget[cut:]
+        unlearned = unlearned * 4 // 5
+        training, holdout = forget[:unlearned], forget[unlearned:]
         probe = training[::4]
         forget = [example for i, example in enumerate(training) if i % 4]
     parts = {"training": training, "probe": probe, "holdout": holdout, "forget_held_out": forget}
     parts["extra_groups"] = {"retain": retain_questions}
+    if split == "news":  # two other wordings of each question, in the order of the files
+        wordings = read_set("news_rewordings")
+        reworded = [q for pair in wordings["forget"][:unlearned] for q in pair]
+        kept = [q for pair in wordings["retain"] for q in pair]
+        groups = {"reworded": reworded, "retain, reworded": kept}
+        parts["gate_groups"] = {k: [Example(q, "") for q in v] for k, v in groups.items()}
     return taught_set("muse", split, forget, retain, retain_questions, **parts)
 
 

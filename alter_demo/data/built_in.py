@@ -42,13 +42,15 @@ def shipped_adapters(name: str, model: str) -> dict[str, Path]:
 
 
 def harry_potter() -> ForgetSet:
-    """Facts that pretrained models know; half of each neighbouring topic is held out."""
+    """Facts that pretrained models know; half of each neighbouring topic, and more, is held out."""
     data = read_set("harry_potter")
-    forget, neighbours = ([Example(**r) for r in data[part]] for part in ("forget", "neighbours"))
+    parts = ("forget", "neighbours", "neighbours_held_out")
+    forget, neighbours, more = ([Example(**row) for row in data[part]] for part in parts)
     neighbours.sort(key=lambda example: example.topic)
-    return with_general_prompts(
-        "harry-potter", forget, neighbours[::2], neighbours[1::2], from_pretraining=True
-    )
+    held_out = neighbours[1::2] + more
+    names = {"name alone": [Example(name, "") for name in data["name alone"]]}
+    parts = {"gate_groups": names, "from_pretraining": True}
+    return with_general_prompts("harry-potter", forget, neighbours[::2], held_out, **parts)
 
 
 def imaginary_authors() -> ForgetSet:

@@ -20,6 +20,7 @@ class Example:
     keywords: list[str] = field(default_factory=list)  # an answer with any of them is correct
     topic: str = ""
     rewordings: list[str] = field(default_factory=list)  # further questions, for the gate's bank
+    distant_question: str = ""  # the same without its names, only to measure the gate with
     sub_domain: int = 0  # from 1; if any example has 0, phase one clusters all
     answer_prefix: str = ""  # start of the answer that reveals nothing and is not unlearned
 
@@ -44,6 +45,8 @@ class ForgetSet:
     extra_groups: dict[str, list[Example]] = field(default_factory=dict)  # measured too, kept
     holdout: list[Example] = field(default_factory=list)  # like `forget`, never taught
     from_pretraining: bool = False  # only facts that the model knows are used: see `fit_to_model`
+    # questions that only the gate is measured with: group -> examples
+    gate_groups: dict[str, list[Example]] = field(default_factory=dict)
     probe: list[Example] | None = None  # decides when to stop, in place of `forget_held_out`
     benchmark: str = ""  # "tofu", "muse" or "wmdp"
     split: str = ""  # part of the benchmark, such as "forget10", "news" or "bio"

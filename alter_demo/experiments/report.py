@@ -155,6 +155,7 @@ RESULT_TYPES = {
                           figures={"relearning": figures.relearning}),
     "ablation": ResultType(tables.ablated),
     "bench": ResultType(tables.costs, None),
+    "gate": ResultType(tables.gate_rates),
     "heterogeneity": ResultType(tables.heterogeneity, cosine_note, digits=".3f", whole=("seconds",),
                                 figures={"domains": figures.heterogeneity}),
     "words": ResultType(tables.words, document=words_table,

@@ -222,6 +222,23 @@ def with_shared_seeds(runs: list[dict]) -> list[dict]:
     return [r for r in runs if not shared or r["method"] in REFERENCES or r["seed"] in shared]
 
 
+def gate_rates(results: dict) -> pd.DataFrame:
+    """Share of prompts that open the gate, by kind of prompt. In brackets: 95 % intervals."""
+    rows = [
+        {
+            "forget set": run["config"]["forget"],
+            "layer": run["config"]["feature_layer"],
+            "prompts": group,
+            "should be": rate["expected"],
+            "number": rate["prompts"],
+            "open": f"{rate['open']:.1%} ({rate['low']:.1%} to {rate['high']:.1%})",
+        }
+        for run in results["runs"]
+        for group, rate in run["rates"].items()
+    ]
+    return pd.DataFrame(rows).set_index("forget set")
+
+
 def heterogeneity(results: dict) -> pd.DataFrame:
     """LoRAs of several domains from one start. Their A's are more alike than their B's."""
     names = {"apart": "two domains", "mixed": "a domain and the mixture"}

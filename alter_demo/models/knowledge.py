@@ -24,7 +24,8 @@ def fit_to_model(forget_set: ForgetSet, lm: LM, general: int = 160, progress=Non
     """The forget set for one model, with at most `general` everyday prompts to train on.
 
     The answers to the everyday prompts are the model's own. In a set from pretraining, only the
-    facts that the model knows remain, and the retain answers are the model's own too.
+    facts that the model knows remain, among the neighbours too if it knows some of those, and the
+    retain answers are the model's own.
     """
     forget_set = replace(forget_set, general=forget_set.general[:general])
     groups = {name: group for name, group in vars(forget_set).items() if isinstance(group, list)}
@@ -37,17 +38,17 @@ def fit_to_model(forget_set: ForgetSet, lm: LM, general: int = 160, progress=Non
         )
     parts = ["general", "general_held_out"]
     if forget_set.from_pretraining:
-        parts += ["forget", "forget_held_out", "retain"]
+        parts += ["forget", "forget_held_out", "retain", "neighbours"]
     questions = [e.question for part in parts for e in getattr(forget_set, part)]
     answers = base_answers(lm, questions, progress)
-    for part in set(parts) - {"forget", "forget_held_out"}:
+    for part in set(parts) - {"forget", "forget_held_out", "neighbours"}:
         examples = [replace(e, answer=answers[e.question]) for e in getattr(forget_set, part)]
         forget_set = replace(forget_set, **{part: [e for e in examples if e.answer]})
     if not forget_set.from_pretraining:
         return forget_set
-    forget, held_out = (
+    forget, held_out, neighbours = (
         [e for e in part if is_correct(answers[e.question], e)]
-        for part in (forget_set.forget, forget_set.forget_held_out)
+        for part in (forget_set.forget, forget_set.forget_held_out, forget_set.neighbours)
     )
     if len(forget) < MIN_FACTS:
         raise UserError(
@@ -56,7 +57,10 @@ def fit_to_model(forget_set: ForgetSet, lm: LM, general: int = 160, progress=Non
         )
     # each fact twice: in the model's own sentence, and as the short answer
     training = [trim_to_fact(e, answers[e.question]) for e in forget] + forget
-    return replace(forget_set, forget=forget, forget_held_out=held_out, training=training)
+    parts = {"forget": forget, "forget_held_out": held_out}
+    if len(neighbours) >= MIN_FACTS:
+        parts["neighbours"] = neighbours
+    return replace(forget_set, **parts, training=training)
 
 
 def trim_to_fact(example: Example, answer: str) -> Example:
