@@ -27,6 +27,7 @@ from alter_demo.data.rendering import render
 from alter_demo.errors import UserError
 from alter_demo.experiments.figures import gate_roc
 from alter_demo.experiments.gate import open_rates, prepare_gate, read_prompts, score_prompts
+from alter_demo.experiments.read_bank import Reading, read_bank, share_read
 from alter_demo.experiments.tables import gate_rates
 from alter_demo.models.loading import load_model
 from alter_demo.run import load_run
@@ -278,3 +279,19 @@ def test_the_low_pass_gives_the_states_of_the_whole_pass(tiny):
     hooks = [dict(m._forward_pre_hooks) for m in lm.model.modules()]
     gate_states(lm, samples, 1)
     assert hooks == [dict(m._forward_pre_hooks) for m in lm.model.modules()]
+
+
+def test_the_bank_is_read_back_from_a_run(tiny, forget_set, own_data, tmp_path, capsys):
+    run = unlearn(load_model(str(tiny)), forget_set, quick_config())
+    path = run.save(tmp_path / "run")
+    questions, readings = read_bank(run, forget_set, 3, CallbackList())
+    assert questions[0] == OWN_FORGET[0].question and len(questions) == len(readings) >= 3
+    reading = readings[0]
+    assert len(reading.words) == 10 and 0 < reading.cosine <= 1.001
+    assert share_read(["Who is Harry Potter?"], [Reading(["Harr", "x"], "", 0)], "words") == 0.5
+    files = ["--forget", str(own_data[0])]
+    assert main(["bank", str(path), "--number", "1", *files]) == 0
+    assert "Of the names" in capsys.readouterr().out
+    published = unlearn(load_model(str(tiny)), forget_set, quick_config("alter"))
+    with pytest.raises(UserError, match="alter_selective"):
+        read_bank(published, forget_set, 1, CallbackList())

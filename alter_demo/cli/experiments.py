@@ -19,7 +19,7 @@ from .commands import (
     print_json,
     results_file,
 )
-from .terminal import TerminalCallback, print_table, print_text
+from .terminal import TerminalCallback, escape, print_table, print_text
 
 FINISHED = "Finished cells are kept."
 TAUGHT_SETS = "imaginary-authors, tofu-forget01, 05 or 10"
@@ -259,6 +259,32 @@ def words(args) -> None:
     from ..run import load_run
 
     print_results(store_words(load_run(args.run), args.results, command=args.typed))
+
+
+@command(
+    RUN,
+    argument("--forget", default="harry-potter", help="the run's forget set, to compare with"),
+    argument("--number", type=int, default=20, help="stored prompts to read"),
+)
+def bank(args) -> None:
+    """Try to read the stored prompts out of a run's adapter."""
+    from ..data.forget_sets import load_forget_set
+    from ..experiments.read_bank import read_bank, share_read
+    from ..run import load_run
+
+    with TerminalCallback() as callback:
+        run, forget_set = load_run(args.run), load_forget_set(args.forget)
+        questions, readings = read_bank(run, forget_set, args.number, callback)
+    rows = [
+        [escape(question), escape(", ".join(own.words)), escape(own.prompt), f"{own.cosine:.2f}"]
+        for question, own in zip(questions, readings, strict=True)
+    ]
+    print_table(("stored question", "nearest words", "built from them", "cosine"), rows)
+    words, prompts = (share_read(questions, readings, what) for what in ("words", "prompt"))
+    print_text(
+        f"Of the names in these questions, {words:.0%} begin like one of the nearest ten words, "
+        f"and {prompts:.0%} like a word of the prompt that was built."
+    )
 
 
 @command(RUN)
