@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import OWN_FORGET, OWN_RETAIN, quick_config
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from alter_demo.alter import bank_fit
 from alter_demo.alter.bank import (
+    FLOOR,
     SHUT,
     Bank,
     FrozenTokens,
@@ -23,7 +25,9 @@ from alter_demo.alter.frozen import frozen_pass, gate_states
 from alter_demo.alter.routing import affine
 from alter_demo.callbacks import CallbackList
 from alter_demo.cli.main import main
+from alter_demo.data.built_in import text_forms
 from alter_demo.data.rendering import render
+from alter_demo.data.schema import Example
 from alter_demo.errors import UserError
 from alter_demo.experiments.figures import gate_roc
 from alter_demo.experiments.gate import open_rates, prepare_gate, read_prompts, score_prompts
@@ -34,7 +38,7 @@ from alter_demo.run import load_run
 from alter_demo.unlearn import unlearn
 
 M, END, OTHER = 90, 91, 5  # the marker's last token, the end of turn, any other token
-CONFIG = AlterConfig(gate="bank", answer_marker=[89, M], end_token=END, gate_threshold=0.0)
+CONFIG = AlterConfig(gate="bank", answer_marker=[89, M], end_tokens=[END], gate_threshold=0.0)
 
 
 def scores_of(slow, fast=None):
@@ -83,7 +87,7 @@ def test_pieces_and_left_padding_decide_as_the_whole_text(cuts):
     ids[:, 10:12] = torch.tensor([89, M])
     ids[:, 25], ids[:, 31:33] = END, torch.tensor([89, M])
     hidden, entropy = torch.randn(2, 40, 16), torch.rand(2, 40)
-    config = AlterConfig(gate="bank", answer_marker=[89, M], end_token=END, n_experts=2)
+    config = AlterConfig(gate="bank", answer_marker=[89, M], end_tokens=[END], n_experts=2)
     config.gate_threshold = 0.3
     mask = torch.ones_like(ids)
     whole, _ = plan_tokens(config, gate, bank, FrozenTokens(hidden, entropy, mask, ids))
@@ -243,7 +247,7 @@ def test_what_is_left_out_is_measured_and_not_stored(tiny, forget_set, fitted):
         e.question for e in forget_set.retain
     ][1::2]
     assert len(gate.bank.forget) == len(fitted[1].bank.forget) // 2
-    with pytest.raises(UserError, match=r"must be in \[2, "):
+    with pytest.raises(UserError, match="at least 2 and at most"):
         prepare_gate(lm, forget_set, {}, CallbackList(), 100)
 
 
@@ -253,6 +257,32 @@ def test_every_retain_question_is_stored_trained_on_or_not(tiny, forget_set):
     gate = prepare_gate(lm, forget_set, values, CallbackList())[0]
     assert gate.report["samples"]["retain"] == 0
     assert len(gate.bank.retain) == 2 * (2 + len(forget_set.retain))
+
+
+def test_the_lowest_stored_prompt_opens_the_gate_of_a_small_set():
+    forget, retain = np.array([0.1, 0.4, 0.4, 0.4]), np.array([SHUT, 0.3, 0.35])
+    assert bank_fit.choose_threshold(forget, retain) < 0.1
+    assert bank_fit.choose_threshold(forget, np.array([SHUT])) == -FLOOR
+
+
+def test_forms_of_one_text_are_one_group(tiny):
+    lm = load_model(str(tiny))
+    text = Example("", " ".join(f"word{i}" for i in range(12)))
+    samples = [s for form in text_forms(text) for s in render(lm.tokenizer, form)]
+    other = render(lm.tokenizer, OWN_RETAIN[0])
+    groups = bank_fit.sample_groups([*samples, *other])
+    assert len(samples) == 3 and len(set(groups[:3])) == 1 and groups[3] != groups[0]
+
+
+def test_autocast_does_not_change_the_decision():
+    bank, gate = random_bank(), torch.randn(3, 9)
+    config = AlterConfig(gate="bank", answer_marker=[89, M], end_tokens=[END], n_experts=2)
+    ids = torch.randint(1, 80, (2, 30))
+    tokens = FrozenTokens(torch.randn(2, 30, 16), torch.rand(2, 30), torch.ones_like(ids), ids)
+    plain = plan_tokens(config, gate, bank, tokens)[0].scores.score
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = plan_tokens(config, gate, bank, tokens)[0].scores.score
+    assert torch.equal(plain, mixed)
 
 
 def test_few_entries_get_few_components():

@@ -66,8 +66,8 @@ def test_imports_go_one_way(path):
 
 def test_the_method_is_read_in_an_evening():
     files = [PACKAGE / "unlearn.py", *(PACKAGE / "alter").glob("*.py")]
-    assert lines_of(files) <= 2140  # 1,600 without the gate's bank
+    assert lines_of(files) <= 2180  # 1,600 without the gate's bank
 
 
 def test_the_package_does_not_grow():
-    assert lines_of(MODULES) <= 11_480
+    assert lines_of(MODULES) <= 11_520

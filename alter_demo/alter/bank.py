@@ -7,9 +7,9 @@ and retain entry, and the topic's log odds t = log p(not r) / p(r), its score is
 
     f (1 + TOPIC_WEIGHT t) - max(r, FLOOR)
 
-in the better of two windows: a long one for the whole question, a short one so that text before
-the question does not drown it. A third, fast one closes the gate again where a running text leaves
-the topic.
+taken in the better of two windows: a long one for the whole question, a short one so that text
+before the question does not drown it. A third, fast one closes the gate again where a running text
+leaves the topic.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def nearest(x: torch.Tensor, entries: torch.Tensor) -> tuple[torch.Tensor, torch
     """Cosine and index of the nearest entry, (..., P) to (...); zeros if nothing is stored."""
     if not len(entries):
         return x.new_zeros(x.shape[:-1]), x.new_zeros(x.shape[:-1], dtype=torch.long)
-    return (normalize(x, dim=-1) @ entries.T).max(-1)
+    rows = normalize(x, dim=-1).flatten(0, -2).split(1024)  # all at once would take gigabytes
+    parts = zip(*((part @ entries.T).max(-1) for part in rows), strict=True)
+    return tuple(torch.cat(part).view(x.shape[:-1]) for part in parts)
 
 
 def gate_scores(bank: Bank, contexts, evidence, gate, min_evidence: float) -> GateScores:
@@ -120,6 +122,11 @@ def plan_tokens(config, gate, bank: Bank | None, tokens: FrozenTokens, force=Non
         force: see `plan_routes`.
         carry: the context after the tokens before these, for a KV cache.
     """
+    with torch.autocast(tokens.hidden.device.type, enabled=False):  # as it was fitted
+        return plan_in_float32(config, gate, bank, tokens, force, carry)
+
+
+def plan_in_float32(config, gate, bank, tokens: FrozenTokens, force, carry):
     hidden, entropy, mask, ids = tokens
     if bank is None:
         x, carry = gate_features(hidden, entropy, mask, config, carry)
@@ -166,7 +173,7 @@ def follow_answers(crossed: torch.Tensor, ids, mask, config, carry=None):
     # padding must not take part in a marker
     recent = torch.cat([carry[2], ids.masked_fill(mask == 0, -1)], 1)
     starts = (recent.unfold(1, len(marker), 1) == marker).all(-1)  # (B, T)
-    ends = (ids == config.end_token) & mask.bool()
+    ends = torch.isin(ids, torch.tensor(config.end_tokens or [-1], device=ids.device)) & mask.bool()
     inside = last_step(starts, carry[0]) > last_step(ends, ~carry[0])
     # an answer's end starts the next turn: what was open before counts no more
     resets = last_step(ends & inside[:, :-1], torch.zeros_like(carry[1]))

@@ -12,8 +12,9 @@ from torch.nn.functional import normalize
 
 from ..data.rendering import Sample, render, render_prompt
 from ..data.schema import Example, ForgetSet
+from ..models.generation import eos_ids
 from ..models.loading import LM
-from .bank import SHUT, Bank, FrozenTokens, gate_scores, topic_log_odds, window_means
+from .bank import FLOOR, SHUT, Bank, FrozenTokens, gate_scores, topic_log_odds, window_means
 from .config import AlterConfig
 from .frozen import PhaseOneResult, gate_states
 from .gate import common_prefix, fit_classes
@@ -27,7 +28,7 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # C of the logistic regression
 FOLDS = 3
 PER_COMPONENT = 4  # stored entries for each component of the projection
 MIN_EVIDENCE = 2.5  # token weight in a window before it counts, if stored prompts reach it
-MARGIN = 1e-3  # of the threshold below the lowest stored prompt that must open the gate
+MARGIN = 1e-3  # how far both thresholds stay below the lowest prompt that must open the gate
 
 
 def fit_bank_gate(
@@ -48,7 +49,7 @@ def fit_bank_gate(
         states, [*samples, *stored], alter, vocab_size, seed
     )
     alter.answer_marker = answer_marker(lm.tokenizer)
-    alter.end_token = lm.tokenizer.eos_token_id
+    alter.end_tokens = eos_ids(lm)
     return report
 
 
@@ -90,17 +91,23 @@ def fit_bank(
         The bank, gate (1 + N, P + 1), and a report: the shares of forget and of retain samples
         that open the gate.
     """
-    prefix = common_prefix([s.ids for s in samples])
+    questions = [s.ids for s in samples if s.start > 1]
+    prefix = common_prefix(questions) if questions else 0
     labels = np.array([s.label for s in samples])
-    groups = prompt_groups(samples)
+    groups = sample_groups(samples)
     bank, owners = store_entries(states, samples, groups, prefix, config, vocab_size)
     # the contexts of all windows would not fit: they are computed where they are needed
     windows = partial(sample_windows, bank.token_weights, bank.projection)
-    long = [windows(*pair)[0][0] for pair in zip(states, samples, strict=True)]
-    gate, fold_gates = fit_topic(long, labels, groups, prefix, config.n_experts, seed)
-    pairs = [pair for pair in zip(states, samples, strict=True) if pair[1].label]
-    evidence = [windows(*pair)[1][0, : pair[1].turn].max().item() for pair in pairs]
-    config.gate_evidence = min(MIN_EVIDENCE, float(np.quantile(evidence, MAX_LEAK)))
+    long, evidence = [], []
+    for own, sample in zip(states, samples, strict=True):
+        contexts, weight = windows(own, sample)
+        long.append(contexts[0])
+        if sample.label:
+            evidence.append(weight[0, : sample.turn].max().item())
+    starts = [0 if s.start == 1 else prefix for s in samples]
+    gate, fold_gates = fit_topic(long, labels, groups, starts, config.n_experts, seed)
+    lowest = float(np.quantile(evidence, MAX_LEAK, method="lower"))
+    config.gate_evidence = min(MIN_EVIDENCE, lowest - MARGIN)
     peaks = []
     for own, sample, group, fold_gate in zip(states, samples, groups, fold_gates, strict=True):
         # without its own entries, and by a topic score that was fitted without it
@@ -129,22 +136,28 @@ def store_entries(
 ) -> tuple[Bank, np.ndarray]:
     """The bank, and the group that each of its retain entries belongs to."""
     weights = token_weights([s for s in samples if not s.label], vocab_size)
-    means, labels, owners = [], [], []
-    for i in sorted(np.unique(groups, return_index=True)[1]):  # a prompt is stored once
-        own = sample_means(weights, states[i], samples[i])[0][0]
-        for t in entry_positions(samples[i], prefix):
+    template = next((s.ids[:prefix] for s in samples if s.start > 1), [])
+    weights[template] = 0.0
+    means, labels, owners, stored = [], [], [], set()
+    for own, sample, group in zip(states, samples, groups, strict=True):
+        prompt = tuple(sample.ids[: sample.turn] if sample.start > 1 else sample.ids)
+        if prompt in stored:  # a prompt is stored once
+            continue
+        stored.add(prompt)
+        own = sample_means(weights, own, sample)[0][0]
+        for t in entry_positions(sample, prefix):
             means.append(own[t])
-            labels.append(samples[i].label)
-            owners.append(groups[i])
+            labels.append(sample.label)
+            owners.append(group)
     entries, goes = torch.stack(means), np.array(labels) > 0
     projection = round_to_half(whitening(entries, config.bank_dim))
     unit = round_to_half(normalize(affine(entries, projection), dim=-1))
     return Bank(weights, projection, unit[goes], unit[~goes]), np.array(owners)[~goes]
 
 
-def prompt_groups(samples: list[Sample]) -> np.ndarray:
-    """(n,) the same number for samples of the same prompt; a plain text is its own prompt."""
-    keys = [str(s.ids[: s.turn] if s.start > 1 else s.ids) for s in samples]
+def sample_groups(samples: list[Sample]) -> np.ndarray:
+    """(n,) the same number for samples of the same text or of the same prompt."""
+    keys = [s.source or str(s.ids[: s.turn]) for s in samples]
     return np.unique(keys, return_inverse=True)[1]
 
 
@@ -168,17 +181,17 @@ def round_to_half(x: torch.Tensor) -> torch.Tensor:
 
 
 def choose_threshold(forget: np.ndarray, retain: np.ndarray) -> float:
-    """The highest of two per cent of the retain samples' peaks lie above it.
+    """Two per cent of the retain samples' peaks lie above it.
 
-    If stored prompts lie lower, they win: what was stored opens the gate, even where something
-    that stays comes as near.
+    If stored prompts lie lower, they win: at least 98 % of those with enough evidence open the
+    gate, even where something that stays comes as near.
 
     Args:
         forget, retain: (n,) highest score of each sample, `SHUT` without evidence.
     """
-    threshold = np.quantile(retain, 1 - MAX_LEAK)
+    threshold = np.quantile(np.maximum(retain, -FLOOR), 1 - MAX_LEAK)
     if len(stored := forget[forget > SHUT]):
-        threshold = min(threshold, np.quantile(stored, MAX_LEAK) - MARGIN)
+        threshold = min(threshold, np.quantile(stored, MAX_LEAK, method="lower") - MARGIN)
     return float(threshold)
 
 
@@ -217,13 +230,16 @@ def whitening(x: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat([rows, -(rows @ mean)[:, None]], 1)
 
 
-def fit_topic(contexts, labels: np.ndarray, groups: np.ndarray, prefix: int, n_experts: int, seed):
+def fit_topic(
+    contexts, labels: np.ndarray, groups: np.ndarray, starts: list[int], n_experts: int, seed
+):
     """The linear gate, and for every sample one that was fitted without it.
 
     The penalty is the one that predicts other samples best. Where what goes and what stays are of
     one kind, that is a strong one, and the topic score says little.
     """
-    spans = [range(min(prefix + 2, len(c) - 1), len(c)) for c in contexts]
+    pairs = zip(starts, contexts, strict=True)  # two tokens say too little
+    spans = [range(min(start + 2, len(c) - 1), len(c)) for start, c in pairs]
     every = 1 + sum(map(len, spans)) // TOPIC_TOKENS
     picks = [(i, t) for i, span in enumerate(spans) for t in span[::every]]
     index = np.array([i for i, _ in picks])

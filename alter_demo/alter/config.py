@@ -50,7 +50,7 @@ class AlterConfig(PeftConfig):
     bank_forget: int = option(0, "bank: number of stored forget entries")
     bank_retain: int = option(0, "bank: number of stored retain entries")
     answer_marker: list[int] = option(None, "bank: token ids with which a prompt ends")
-    end_token: int = option(-1, "bank: token id that ends an answer")
+    end_tokens: list[int] = option(None, "bank: token ids that end an answer")
     router_input: str = option(
         "context", "hidden states, or the entropy as published", choices=("context", "entropy")
     )

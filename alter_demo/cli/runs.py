@@ -150,7 +150,7 @@ def inspect(args) -> None:
         if gate:
             print_text(
                 f"The gate opens above {config.gate_threshold:.3g}; a score of -1000 means that "
-                "it has read too little. --json names the nearest stored prompts."
+                "it has read too little. --json gives the nearest stored entries."
             )
 
 
@@ -175,7 +175,9 @@ def gate(args) -> None:
 
     own = read_prompts(args.prompts) if args.prompts else []
     forget_set = load_forget_set(args.forget, args.retain)
-    adapter = args.adapter or shipped_adapters(forget_set.name, args.model).get("target")
+    adapter = args.adapter
+    if adapter is None and forget_set.needs_teaching:  # without one, the model as it is will do
+        adapter = shipped_adapters(forget_set.name, args.model).get("target")
     values = {"seed": args.seed, "feature_layer": args.feature_layer}
     with TerminalCallback() as callback:
         callback.on_stage("loading the model", 0.0)
@@ -188,7 +190,9 @@ def gate(args) -> None:
         scores = score_prompts(lm, fitted, [*prompts, *own], progress)
     rates, own = open_rates(scores), scores[len(prompts) :]
     if args.results:
-        config = {"forget": args.forget, "seed": args.seed, "leave_out": args.leave_out}
+        names = ("forget", "retain", "adapter", "prompts")
+        config = {name: str(value) for name in names if (value := getattr(args, name))}
+        config |= {"seed": args.seed, "leave_out": args.leave_out}
         store(args.results, lm, fitted, rates, config, args.typed)
     if args.roc:
         from ..experiments.figures import gate_roc

@@ -98,5 +98,6 @@ def text_forms(text: Example) -> list[Example]:
     if cut == 0:
         return [text]
     opening, rest = " ".join(words[:cut]), " ".join(words[cut:])
+    text = replace(text, source=text.answer)
     turn = replace(text, question=opening, answer=rest)
     return [text, turn, replace(text, answer=f"Question: {opening}\nAnswer: {rest}")]

@@ -20,6 +20,7 @@ class Sample:
     index: int = -1  # position in the frozen outputs of phase one
     turn: int = 0  # start of the assistant's turn: `start` minus the answer prefix
     refusal: bool = False  # a refusal in place of a forget answer
+    source: str = ""  # the text that it comes from, if that is a plain text
 
 
 def render(tokenizer, example: Example) -> list[Sample]:
@@ -28,7 +29,9 @@ def render(tokenizer, example: Example) -> list[Sample]:
         ids = tokenizer(example.answer).input_ids
         windows = (ids[i : i + MAX_TOKENS] for i in range(0, len(ids), MAX_TOKENS))
         # a plain text has no question: its first tokens tell what it is about
-        return [Sample(w, 1, turn=min(TEXT_TURN, len(w) - 1)) for w in windows if len(w) > 1]
+        windows = (w for w in windows if len(w) > 1)
+        source = example.source or example.answer
+        return [Sample(w, 1, turn=min(TEXT_TURN, len(w) - 1), source=source) for w in windows]
     text = prompt_text(tokenizer, example.question)
     prompt = prompt_ids(tokenizer, text)
     turn, gap = len(prompt), "" if tokenizer.chat_template else " "
@@ -37,7 +40,8 @@ def render(tokenizer, example: Example) -> list[Sample]:
         prompt = prompt + continuation_ids(tokenizer, text, prompt, prefix)
         text += prefix
     answer = continuation_ids(tokenizer, text, prompt, gap + example.answer)[:MAX_TOKENS]
-    return [Sample([*prompt, *answer, tokenizer.eos_token_id], len(prompt), turn=turn)]
+    ids = [*prompt, *answer, tokenizer.eos_token_id]
+    return [Sample(ids, len(prompt), turn=turn, source=example.source)]
 
 
 def render_examples(tokenizer, examples: list[Example], tokens: int | None = None) -> list[Sample]:

@@ -22,6 +22,7 @@ class Example:
     rewordings: list[str] = field(default_factory=list)  # further questions, for the gate's bank
     distant_question: str = ""  # the same without its names, only to measure the gate with
     sub_domain: int = 0  # from 1; if any example has 0, phase one clusters all
+    source: str = ""  # the plain text of which this is another form
     answer_prefix: str = ""  # start of the answer that reveals nothing and is not unlearned
 
 

@@ -17,6 +17,7 @@ from ..alter.bank import FrozenTokens, plan_tokens
 from ..alter.frozen import PhaseOneResult, gate_states
 from ..callbacks import Callback
 from ..config import flat_config
+from ..data.files import parse_jsonl
 from ..data.rendering import Sample, render_prompt
 from ..data.schema import ForgetSet
 from ..errors import UserError
@@ -60,7 +61,7 @@ def score_prompts(
 
     Returns:
         For each prompt {"prompt", "group", "expected", "open" (where the answer starts),
-        "threshold"} and the `gate_reasons` of the token with the highest score.
+        "threshold"} and the `gate_reasons` of the token with the highest score, of any turn.
     """
     samples = []
     for row in prompts:
@@ -102,16 +103,16 @@ def prompts_of(forget_set: ForgetSet) -> list[dict]:
 def leave_out(forget_set: ForgetSet, every: int) -> tuple[ForgetSet, list[dict]]:
     """The set without every n-th forget and retain question, and these as prompts.
 
-    Raises UserError if nothing would be left out or kept.
+    Raises UserError if no forget question would be left out or kept.
     """
     left = {}
     for part in ("forget", "retain"):
         questions = [*dict.fromkeys(e.question for e in getattr(forget_set, part) if e.question)]
         left[part] = questions[every - 1 :: every]
-        if every < 2 or not left[part]:
+        if part == "forget" and not 2 <= every <= len(questions):
             raise UserError(
-                f"--leave-out must be in [2, {len(questions)}], the number of {part} questions, "
-                f"got {every}."
+                f"--leave-out must be at least 2 and at most the number of forget questions, "
+                f"{len(questions)}, got {every}."
             )
     rows = [row(q, "left out", "open") for q in left["forget"]]
     rows += [row(q, "retain, left out", "shut") for q in left["retain"]]
@@ -151,20 +152,14 @@ def read_prompts(path: Path) -> list[dict]:
         UserError: no such file, or a line that is no such object; says which.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"Cannot read {path}: {error}.") from None
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            entry = None
+    for number, entry in parse_jsonl(text, path.name):
         if not isinstance(entry, dict) or not str(entry.get("prompt") or "").strip():
             raise UserError(
-                f'{path}, line {number}: expected {{"prompt": ...}}, got {line[:60]!r}.'
+                f'{path}, line {number}: expected {{"prompt": ...}}, got {str(entry)[:60]!r}.'
             )
         if entry.get("expected", "open") not in ("open", "shut"):
             got = entry["expected"]

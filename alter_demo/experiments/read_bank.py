@@ -1,7 +1,7 @@
 """What an adapter gives away: words and prompts read out of the vectors in its bank.
 
-The reader has the adapter and the base model, and nothing else. For each stored vector he looks up
-the nearest words, and builds a prompt from them, word piece by word piece.
+The reader has the adapter and the base model, and nothing else. For each stored vector they look up
+the nearest words, and build a prompt from them, word piece by word piece.
 """
 
 import re
@@ -19,6 +19,7 @@ from ..data.rendering import render_prompt
 from ..data.schema import ForgetSet
 from ..errors import UserError
 from ..models.states import hidden_states
+from ..options import check_value
 from ..run import Run, fit_forget_set
 
 BATCH = 512  # sequences
@@ -94,12 +95,17 @@ def read_bank(
     run: Run, forget_set: ForgetSet, number: int, callback: Callback
 ) -> tuple[list[str], list[Reading]]:
     """Questions of the set that a run made from it has stored, and what its bank tells of them."""
+    check_value("number", number, {"min": 1})
+    if run.metrics["data"]["forget_set"] != forget_set.name or forget_set.is_plain_text:
+        raise UserError(
+            f"The run has forgotten {run.metrics['data']['forget_set']}. Pass that set, and one "
+            "of questions: the entries of plain texts belong to no question."
+        )
+    reader, readings = BankReader(run), []
     data = run.stored_config("data", DataConfig)
     forget_set, _ = fit_forget_set(forget_set, run.lm, data, callback)
-    questions = [*dict.fromkeys(e.question for e in forget_set.training_examples if e.question)]
-    every = max(1, len(questions) // max(1, number))
-    callback.on_stage("the vocabulary", 0.0)
-    reader, readings = BankReader(run), []
+    questions = [*dict.fromkeys(e.question for e in forget_set.training_examples)]
+    every = -(-len(questions) // number)
     chosen = range(0, len(questions), every)
     for done, i in enumerate(chosen):
         callback.on_stage("reading the bank", done / len(chosen))
@@ -108,14 +114,14 @@ def read_bank(
 
 
 def names_of(question: str) -> set[str]:
-    """The words of a question that start with a capital letter, except the first."""
-    return set(re.findall(r"\b[A-Z]\w{2,}", question.split(" ", 1)[-1]))
+    """The words of a question, from the second on, with a capital letter and three or more."""
+    return set(re.findall(r"\b[A-Z]\w{2,}", " ".join(question.split()[1:])))
 
 
 def share_read(questions: list[str], readings: list[Reading], what: str) -> float:
     """The share of the questions' names that the readings' `what` ("words", "prompt") contain.
 
-    A name counts if a piece of at least three letters begins it, or is in it as a whole.
+    A name counts if it begins with a piece of at least three letters.
     """
     found = total = 0
     for question, reading in zip(questions, readings, strict=True):
