@@ -223,20 +223,17 @@ def with_shared_seeds(runs: list[dict]) -> list[dict]:
 
 
 def gate_rates(results: dict) -> pd.DataFrame:
-    """Share of prompts that open the gate, by kind of prompt. In brackets: 95 % intervals."""
-    rows = [
-        {
-            "forget set": run["config"]["forget"],
-            "layer": run["config"]["feature_layer"],
-            "prompts": group,
-            "should be": rate["expected"],
-            "number": rate["prompts"],
-            "open": f"{rate['open']:.1%} ({rate['low']:.1%} to {rate['high']:.1%})",
-        }
-        for run in results["runs"]
-        for group, rate in run["rates"].items()
-    ]
-    return pd.DataFrame(rows).set_index("forget set")
+    """Share of prompts that open the gate, by kind of prompt, with 95 % intervals in brackets."""
+    layers = [run["config"]["feature_layer"] for run in results["runs"]]
+    usual, cells = max(layers, key=layers.count), {}
+    for run, layer in zip(results["runs"], layers, strict=True):
+        name = run["config"]["forget"] + ("" if layer == usual else f", layer {layer}")
+        for group, rate in run["rates"].items():
+            share = f"{rate['open']:.1%} of {rate['prompts']}"
+            share += f" ({rate['low'] * 100:.1f} to {rate['high'] * 100:.1f})"
+            cells.setdefault((group, rate["expected"]), {})[name] = share
+    table = pd.DataFrame.from_dict(cells, orient="index").fillna("")
+    return table.rename_axis(["prompts", "should be"])
 
 
 def heterogeneity(results: dict) -> pd.DataFrame:
