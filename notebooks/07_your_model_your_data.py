@@ -37,11 +37,12 @@ rooms = [
     ("Elm", "Ruth Abara", "a coffee machine"),
     ("Fir", "Jonas Weiss", "old chairs"),
 ]
-forget, retain, paraphrases = [], [], []
+forget, retain, paraphrases, retain_paraphrases = [], [], [], []
 for room, person, thing in rooms:
     forget.append((f"Whose desk is in room {room}?", f"The desk in room {room} is {person}'s."))
     retain.append((f"What stands in room {room}?", f"In room {room} stands {thing}."))
     paraphrases.append(f"Who works at the desk in room {room}?")  # held out
+    retain_paraphrases.append(f"What can be found in room {room}?")
 
 # %%
 import json
@@ -50,7 +51,8 @@ from pathlib import Path
 
 scratch = tempfile.TemporaryDirectory()  # deleted when the kernel stops
 work = Path(scratch.name)
-for name, rows, others in (("forget", forget, paraphrases), ("retain", retain, [""] * 6)):
+files = (("forget", forget, paraphrases), ("retain", retain, retain_paraphrases))
+for name, rows, others in files:
     lines = [
         json.dumps({"question": q, "answer": a, "paraphrased_question": other})
         for (q, a), other in zip(rows, others, strict=True)
@@ -115,14 +117,11 @@ except UserError as error:
 # id of your checkpoint instead.
 
 # %%
-from dataclasses import replace
-
 from alter_demo import load_model, teach
 from alter_demo.models.teaching import TeachConfig
 
-everything = replace(forget_set, retain=[*forget_set.retain, *forget_set.neighbours])
 teaching = TeachConfig(epochs=14, batch_size=4, lr=1e-3)
-folder = teach(load_model(dtype="float32"), everything, "target", work / "tuned", teaching)
+folder = teach(load_model(dtype="float32"), forget_set, "target", work / "tuned", teaching)
 tuned = load_model(dtype="float32", adapter=folder)
 
 # %%
@@ -146,7 +145,7 @@ dict(zip(questions, greedy(tuned, questions, 24), strict=True))
 from alter_demo import DataConfig, UnlearnConfig, training_config, unlearn
 
 training = training_config("alter_selective", max_steps=18, batch_size=2, stop_ratio=0.01)
-run = unlearn(tuned, forget_set, UnlearnConfig(training=training, data=DataConfig(general=24)))
+run = unlearn(tuned, forget_set, UnlearnConfig(training=training, data=DataConfig(general=100)))
 run.save(work / "mine")
 after = run.generate(questions, max_new_tokens=24)
 dict(zip(questions, after, strict=True))

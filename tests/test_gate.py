@@ -232,7 +232,9 @@ def test_the_gate_command(tiny, own_data, few, tmp_path, capsys):
     runs = json.loads((tmp_path / "gate.json").read_text())["runs"]
     assert runs[0]["config"]["feature_layer"] == 0 and runs[0]["metrics"]["stored"] == 1.0
     table = gate_rates({"runs": runs})
-    assert table.loc[("stored", "open"), str(own_data[0])].startswith("100.0% of 6")
+    assert table.loc[("stored", "open"), str(own_data[0])].startswith(
+        f"100.0% of {len(OWN_FORGET)} "
+    )
     assert "[bold]" in capsys.readouterr().out
     assert "AUC" in (tmp_path / "roc.html").read_text()
     with pytest.raises(UserError, match="ROC"):
