@@ -164,7 +164,7 @@ def run_phase_one(
     retain = [*parts["retain"], *parts["general"]]
     result = PhaseOneResult(frozen, parts["forget"], retain, [], {}, steering_layer=layer)
     if method.trainable.routed:
-        fit_router(lm, result, samples, forget_set, alter, config, callback)
+        fit_router(lm, result, forget_set, alter, config, callback)
     # after the gate is fitted: "I don't know" says nothing about the topic
     result.refusals = render_refusals(lm, forget_set, result.forget, config, rng)
     if result.refusals:
@@ -198,7 +198,6 @@ def entropy_threshold(
 def fit_router(
     lm: LM,
     result: PhaseOneResult,
-    samples: list[Sample],
     forget_set: ForgetSet,
     alter: AlterConfig,
     config: UnlearnConfig,
@@ -218,6 +217,7 @@ def fit_router(
 
     progress(0, 1)
     adapter, seed, frozen = config.adapter, config.training.seed, result.frozen
+    samples = [*result.forget, *result.retain]
     pairs = zip(frozen, samples, strict=True)
     at_answers = torch.cat([f.entropy[s.start - 1 : -1] for f, s in pairs])
     vocab_size = lm.model.config.get_text_config().vocab_size
@@ -243,7 +243,7 @@ def fit_router(
     if not get_method(config.method).uses_entropy:
         alter.top_k = 1 + alter.n_experts
     if alter.gate == "bank":
-        gate_report = fit_bank_gate(lm, result, samples, forget_set, alter, seed, progress)
+        gate_report = fit_bank_gate(lm, result, examples, forget_set, alter, seed, progress)
     else:
         result.gate, gate_report = fit_gate(frozen, samples, alter, seed)
     if not adapter.router:

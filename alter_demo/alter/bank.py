@@ -50,6 +50,13 @@ class FrozenTokens(NamedTuple):
     ids: torch.Tensor | None  # (B, T); None: all weigh alike, and the text is running text
 
 
+def one_text(ids: list[int], states: torch.Tensor, entropy=None) -> FrozenTokens:
+    """A batch of one text, from states (T, D); without `entropy` only the gate's part counts."""
+    ids = torch.tensor([ids])
+    entropy = torch.zeros(ids.shape) if entropy is None else entropy[None]
+    return FrozenTokens(states[None], entropy, torch.ones_like(ids), ids)
+
+
 @dataclass
 class GateScores:
     """Why the gate decides as it does, for every token of a batch."""
@@ -127,6 +134,7 @@ def plan_tokens(config, gate, bank: Bank | None, tokens: FrozenTokens, force=Non
 
 
 def plan_in_float32(config, gate, bank, tokens: FrozenTokens, force, carry):
+    """`plan_tokens` without autocast."""
     hidden, entropy, mask, ids = tokens
     if bank is None:
         x, carry = gate_features(hidden, entropy, mask, config, carry)
@@ -195,6 +203,5 @@ def last_step(events: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
 
 def plan_sample(frozen: FrozenOutputs, sample: Sample, result: PhaseOneResult) -> RoutingPlan:
     """The plan (1, T, ...) of one sample."""
-    ids = torch.tensor([sample.ids])
-    tokens = FrozenTokens(frozen.hidden[None], frozen.entropy[None], torch.ones_like(ids), ids)
+    tokens = one_text(sample.ids, frozen.hidden, frozen.entropy)
     return plan_tokens(result.alter, result.gate, result.bank, tokens)[0]

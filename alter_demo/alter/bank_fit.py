@@ -14,7 +14,7 @@ from ..data.rendering import Sample, render, render_prompt
 from ..data.schema import Example, ForgetSet
 from ..models.generation import eos_ids
 from ..models.loading import LM
-from .bank import FLOOR, SHUT, Bank, FrozenTokens, gate_scores, topic_log_odds, window_means
+from .bank import FLOOR, SHUT, Bank, gate_scores, one_text, topic_log_odds, window_means
 from .config import AlterConfig
 from .frozen import PhaseOneResult, gate_states
 from .gate import common_prefix, fit_classes
@@ -34,14 +34,19 @@ MARGIN = 1e-3  # how far both thresholds stay below the lowest prompt that must 
 def fit_bank_gate(
     lm: LM,
     result: PhaseOneResult,
-    samples: list[Sample],
+    examples: list[Example],
     forget_set: ForgetSet,
     alter: AlterConfig,
     seed: int,
     progress=None,
 ) -> dict:
-    """The gate with a bank, into `result` and `alter`; returns its report."""
-    stored = further_prompts(lm.tokenizer, samples, result.forget, forget_set)
+    """The gate with a bank, into `result` and `alter`; returns its report.
+
+    Args:
+        examples: of each forget sample.
+    """
+    samples = [*result.forget, *result.retain]
+    stored = further_prompts(lm.tokenizer, samples, examples, forget_set)
     states = [outputs.hidden for outputs in result.frozen]
     states += gate_states(lm, stored, alter.feature_layer, progress)
     vocab_size = lm.model.config.get_text_config().vocab_size
@@ -54,19 +59,17 @@ def fit_bank_gate(
 
 
 def further_prompts(
-    tokenizer, samples: list[Sample], forget: list[Sample], forget_set: ForgetSet
+    tokenizer, samples: list[Sample], examples: list[Example], forget_set: ForgetSet
 ) -> list[Sample]:
     """Prompts that are stored and not trained on: rewordings, and what else is to be kept.
 
     Args:
-        samples: those that are trained on, which need not be rendered again.
-        forget: the samples of `forget_set.training_examples`.
+        samples: those that are trained on, first those to forget; examples: of each of the latter.
     """
-    examples = [e for e in forget_set.training_examples for _ in render(tokenizer, e)]
-    label_of = {e.question: s.label for e, s in zip(examples, forget, strict=True)}
+    label_of = {e.question: s.label for e, s in zip(examples, samples, strict=False)}
     kept = [e for e in forget_set.retain if e.question][:MAX_KEPT]
     questions = {e.question: 0 for e in kept}
-    for example in [*forget_set.training_examples, *kept]:
+    for example in [*examples, *kept]:
         label = label_of.get(example.question, 0)
         questions |= dict.fromkeys(example.rewordings, label)
     trained = {tuple(s.ids[: s.turn]) for s in samples}
@@ -163,9 +166,7 @@ def sample_groups(samples: list[Sample]) -> np.ndarray:
 
 def sample_means(weights: torch.Tensor, states: torch.Tensor, sample: Sample):
     """Means (3, T, D) and token weights (3, T) of the windows, from states (T, D)."""
-    ids = torch.tensor([sample.ids])
-    tokens = FrozenTokens(states[None], torch.zeros(ids.shape), torch.ones_like(ids), ids)
-    means, evidence, _ = window_means(weights, tokens)
+    means, evidence, _ = window_means(weights, one_text(sample.ids, states))
     return means[:, 0], evidence[:, 0]
 
 
@@ -181,7 +182,7 @@ def round_to_half(x: torch.Tensor) -> torch.Tensor:
 
 
 def choose_threshold(forget: np.ndarray, retain: np.ndarray) -> float:
-    """At most two per cent of the retain samples' peaks lie above it: none of fewer than fifty.
+    """At most two per cent of the retain samples' peaks lie above it; of fewer than 50, none.
 
     If stored prompts lie lower, they win: at least 98 % of those with enough evidence open the
     gate, even where something that stays comes as near.

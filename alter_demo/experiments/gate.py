@@ -10,10 +10,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from scipy.stats import binomtest
 
-from ..alter.bank import FrozenTokens, plan_tokens
+from ..alter.bank import one_text, plan_tokens
 from ..alter.frozen import PhaseOneResult, gate_states
 from ..callbacks import Callback
 from ..config import flat_config
@@ -69,9 +68,7 @@ def score_prompts(
         samples.append(Sample([*ids, lm.tokenizer.eos_token_id], len(ids), turn=len(ids)))
     states, result = gate_states(lm, samples, gate.alter.feature_layer, progress), []
     for row, own_states, sample in zip(prompts, states, samples, strict=True):
-        ids = torch.tensor([sample.ids])
-        mask, entropy = torch.ones_like(ids), torch.zeros(ids.shape)  # no part of the decision
-        tokens = FrozenTokens(own_states[None], entropy, mask, ids)
+        tokens = one_text(sample.ids, own_states)
         scores = plan_tokens(gate.alter, gate.gate, gate.bank, tokens)[0].scores
         best = max(gate_reasons(scores)[: sample.turn], key=lambda reasons: reasons["score"])
         own = {name: row.get(name, "") for name in ("prompt", "group", "expected")}
