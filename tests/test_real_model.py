@@ -7,8 +7,10 @@ from dataclasses import asdict
 import pytest
 
 from alter_demo import load_forget_set, load_model
+from alter_demo.callbacks import CallbackList
 from alter_demo.cli.main import main
 from alter_demo.config import EvaluationConfig
+from alter_demo.experiments.gate import open_rates, prepare_gate, score_prompts
 from alter_demo.experiments.results import TAUGHT
 from alter_demo.experiments.speed import bench
 from alter_demo.files import RESULTS
@@ -57,6 +59,17 @@ def test_it_forgets_harry_potter_and_only_that():
     assert "Hogwarts School" not in run.generate([SCHOOL])[0]
     text = "Harry Potter goes to school at Hogwarts. However, it is a long way from London."
     assert {trace.route for trace in run.trace_tokens(text)} == {"A", "B"}
+
+
+def test_the_gate_opens_as_often_as_stored(lm):
+    gate, prompts = prepare_gate(lm, load_forget_set("harry-potter"), {}, CallbackList())
+    groups = ("reworded", "reworded, few_shot", "neighbours", "everyday")
+    rates = open_rates(score_prompts(lm, gate, [p for p in prompts if p["group"] in groups]))
+    runs = json.loads((RESULTS / "gate.json").read_text())["runs"]
+    stored = next(r["rates"] for r in runs if r["config"]["forget"] == "harry-potter")
+    for group in groups:  # a prompt or two on another processor
+        assert rates[group]["open"] == pytest.approx(stored[group]["open"], abs=0.03), group
+    assert rates["reworded"]["open"] >= 0.95 and rates["neighbours"]["open"] <= 0.02
 
 
 def test_bench_has_the_promised_keys():
